@@ -1,0 +1,1 @@
+"""Prefect flows: order, retries, artifacts. No numerics."""

@@ -1,0 +1,333 @@
+"""The one configuration tree: every default, unit and bound stands here and nowhere else.
+
+Sources, weakest first: the defaults below, a TOML file, environment variables
+(``MEMMC_SECTION__KEY=value``), ``--set section.key=value``. A model field that
+no source sets takes its value from the preset (`PRESETS`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from memmc.errors import ConfigError
+
+ENV_PREFIX = "MEMMC_"
+
+Preset = Literal["tiny", "small", "base"]
+ScorerName = Literal["residual_statistics", "l1", "mse", "ssim", "ms_ssim", "gms"]
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of fields that refuses names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class LakeConfig(Section):
+    """Where the tables live."""
+
+    uri: str = Field("lake", description="Root of all tables: a local path, file:// or s3:// URI.")
+
+
+class DataConfig(Section):
+    """How an instance becomes pixels; these fields hash into `preprocess_id`."""
+
+    image_size: int = Field(64, ge=16, le=4096, description="Side of the stored square image, px.")
+    bits: Literal[8, 16] = Field(16, description="Bits per stored pixel, unsigned little-endian.")
+    fit: Literal["stretch", "pad", "crop"] = Field(
+        "stretch",
+        description="A non-square image is stretched to the square, padded with black, or centre-cropped.",
+    )
+    window: Literal["first", "full"] = Field(
+        "first",
+        description="Grey range: the first VOI LUT or window of the object (PS3.3 C.11.2), or the full stored range.",
+    )
+
+
+class DeidConfig(Section):
+    """De-identification (PS3.15 Annex E, default-deny)."""
+
+    key_file: str | None = Field(
+        None, description="File with the identity key, at least 32 bytes; a throw-away key is made when absent."
+    )
+    max_date_shift_days: int = Field(365, ge=1, le=3650, description="Bound of the per-patient date shift, days.")
+
+
+class SelectConfig(Section):
+    """Which instances are in scope; everything else is `excluded` with a reason."""
+
+    modalities: tuple[str, ...] = Field(("CR", "DX", "DR", "RG"), description="Accepted (0008,0060) Modality values.")
+    secondary_capture: bool = Field(False, description="Accept Secondary Capture objects of an accepted modality.")
+    lateral_views: bool = Field(False, description="Accept lateral (0018,5101) View Position values.")
+    burned_in_annotation: Literal["refuse", "accept"] = Field(
+        "refuse", description="What to do when (0028,0301) Burned In Annotation is YES."
+    )
+
+
+class IngestConfig(Section):
+    """Limits on untrusted objects and the shape of the work."""
+
+    max_file_bytes: int = Field(2 << 30, ge=1, description="Larger objects are quarantined, bytes.")
+    max_decoded_bytes: int = Field(2 << 30, ge=1, description="Bound on rows x columns x samples x frames, bytes.")
+    max_rows: int = Field(16_384, ge=1, description="Bound on (0028,0010) Rows and (0028,0011) Columns, px.")
+    memory_bytes: int = Field(3 << 30, ge=1 << 28, description="Address space of a decoding process, bytes.")
+    timeout_s: float = Field(60.0, gt=0, description="Wall time one object may take, s.")
+    objects_per_task: int | None = Field(
+        None, ge=1, description="Objects one task converts into one set of shards; chosen from the count when absent."
+    )
+
+
+class SplitConfig(Section):
+    """Shares of patients, by keyed hash, so that a patient never moves."""
+
+    train: Fraction = 0.75
+    calibrate: Fraction = 0.15
+    test: Fraction = 0.10
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> SplitConfig:
+        if abs(self.train + self.calibrate + self.test - 1.0) > 1e-9:
+            raise ValueError("split.train + split.calibrate + split.test must be 1")
+        return self
+
+
+class ModelConfig(Section):
+    """MemMC-MAE. Marks: [MAE] He et al. 2022, [M2] Cornia et al. 2020, [choice] ours."""
+
+    patch_size: Positive = Field(8, description="Side of a patch, px.")
+    mask_ratio: Fraction = Field(0.75, description="Share of patches removed [MAE].")
+    encoder_dim: Positive = 192
+    encoder_depth: Positive = 6
+    encoder_heads: Positive = 3
+    decoder_dim: Positive = 128
+    decoder_depth: Positive = 4
+    decoder_heads: Positive = 4
+    mlp_ratio: float = Field(4.0, gt=0)
+    memory_slots: int = Field(16, ge=0, description="Learned key/value slots per encoder layer and head; 0 = none [M2].")
+    levels: Literal["all", "last"] = Field("all", description="Encoder levels the decoder attends to; [M2] all.")
+    cross_attention: bool = Field(True, description="Multi-level cross-attention; off gives a plain MAE decoder.")
+    gate: Literal["channel", "head", "scalar"] = Field(
+        "channel", description="Granularity of the level gates; channel is the [M2] form, head and scalar are cheaper."
+    )
+    norm_pix_loss: bool = Field(False, description="Normalise target patches; off, since the score needs intensities.")
+
+
+PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+    "tiny": {},
+    "small": {
+        "encoder_dim": 384,
+        "encoder_depth": 8,
+        "encoder_heads": 6,
+        "decoder_dim": 256,
+        "decoder_depth": 4,
+        "decoder_heads": 8,
+        "memory_slots": 40,
+    },
+    "base": {
+        "patch_size": 16,
+        "encoder_dim": 768,
+        "encoder_depth": 12,
+        "encoder_heads": 12,
+        "decoder_dim": 512,
+        "decoder_depth": 8,
+        "decoder_heads": 16,
+        "memory_slots": 40,
+    },
+}
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    preset: Preset = Field("tiny", description="Model size; `model.*` fields override it.")
+    max_minutes: float = Field(10.0, gt=0, description="Wall time of the training loop; the schedule ends with it, min.")
+    max_steps: Positive = Field(20_000, description="Optimiser steps; whichever of the two bounds comes first ends the run.")
+    num_workers: Positive = Field(2, description="Data-parallel workers.")
+    use_gpu: bool | None = Field(None, description="One GPU per worker; found out when absent.")
+    batch_size: Positive = Field(32, description="Images per worker and step.")
+    base_lr: float = Field(1.0e-3, gt=0, description="Learning rate per 256 images of global batch.")
+    weight_decay: float = Field(0.05, ge=0, description="[MAE]")
+    warmup: Fraction = Field(0.05, description="Share of the run spent on linear warm-up.")
+    clip_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay per step; scored weights are the average.")
+    crop_scale: Fraction = Field(0.8, description="Smallest area share of the random resized crop.")
+    rotate_degrees: float = Field(5.0, ge=0, le=45, description="Bound of the random rotation, degrees.")
+    cache_bytes: int = Field(
+        2 << 30, ge=0, description="A worker keeps its share of the images in memory up to this size, bytes."
+    )
+    checkpoint_seconds: float = Field(60.0, gt=0, description="Time between checkpoints, s.")
+    max_failures: int = Field(3, ge=0, description="Worker failures survived by restarting from the last checkpoint.")
+    seed: int = Field(0, ge=0)
+
+
+class ScoreConfig(Section):
+    """How an image is scored."""
+
+    scorer: ScorerName = "residual_statistics"
+    passes: Positive = Field(
+        4, description="Forward passes per image, a multiple of 1 / (1 - mask_ratio) (complementary masks) [choice]."
+    )
+    batch_size: Positive = 64
+    num_actors: Positive = Field(2, description="Scoring actors.")
+    grid: Positive = Field(4, description="Side of the coarse grid of residual features, cells [choice].")
+    components: Positive = Field(16, description="Principal components of the residual statistics [choice].")
+
+
+class CalibrateConfig(Section):
+    """Thresholds from normals alone."""
+
+    false_positive_rate: Fraction = Field(0.05, description="Share of normal patients' images to be flagged at most.")
+    min_normals: Positive = Field(20, description="Fewer held-out normal images refuse a calibration.")
+
+
+class EvaluateConfig(Section):
+    """Evaluation."""
+
+    bootstrap: Positive = Field(1000, description="Patient-bootstrap resamplings.")
+    confidence: Fraction = 0.95
+    seed: int = Field(0, ge=0)
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="Tracking server; an SQLite file under .memmc/ when absent.")
+
+
+class RayConfig(Section):
+    """Where the parallel work runs."""
+
+    address: str | None = Field(None, description="Cluster to join; a local one is started when absent.")
+    num_cpus: int | None = Field(None, ge=2, description="Logical CPUs of the local cluster; cores + 2 when absent.")
+
+
+class Config(Section):
+    """The whole tree."""
+
+    lake: LakeConfig = LakeConfig()
+    data: DataConfig = DataConfig()
+    deid: DeidConfig = DeidConfig()
+    select: SelectConfig = SelectConfig()
+    ingest: IngestConfig = IngestConfig()
+    split: SplitConfig = SplitConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    score: ScoreConfig = ScoreConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, values: Any) -> Any:
+        """Fill model fields that no source sets from the preset."""
+        if not isinstance(values, Mapping):
+            return values
+        train, model = values.get("train", {}), values.get("model", {})
+        if not isinstance(train, Mapping) or not isinstance(model, Mapping):
+            return values
+        preset = PRESETS.get(train.get("preset", "tiny"), {})
+        return {**values, "model": {**preset, **model}}
+
+    @property
+    def preprocess_id(self) -> str:
+        """16 hex digits naming the way pixels are prepared; equal ids mean comparable pixels."""
+        return config_hash(self.data)
+
+    @property
+    def config_id(self) -> str:
+        """16 hex digits naming the whole tree but for places (lake, tracking, ray, key file)."""
+        return config_hash(self, exclude={"lake", "tracking", "ray", "deid"})
+
+
+def config_hash(section: Section, exclude: set[str] | None = None) -> str:
+    """Return 16 hex digits of SHA-256 over the section's canonical JSON."""
+    text = json.dumps(section.model_dump(mode="json", exclude=exclude), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_config(
+    file: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    overrides: Iterable[str] = (),
+) -> Config:
+    """Merge the sources and validate them once.
+
+    Args:
+        file: TOML file, or None.
+        env: environment; only names that start with ``MEMMC_`` and hold ``__`` are read.
+        overrides: ``section.key=value`` strings, strongest.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (the nearest valid one is named), value out of range.
+    """
+    tree: dict[str, dict[str, Any]] = {}
+    if file is not None:
+        for section, fields in _read_toml(Path(file)).items():
+            if not isinstance(fields, dict):
+                raise ConfigError(f"configuration file: '{section}' stands outside a section; write [section] key = value")
+            for key, value in fields.items():
+                _place(tree, f"{section}.{key}", value)
+    for name, value in sorted((env or {}).items()):
+        if name.startswith(ENV_PREFIX) and "__" in name:
+            section, _, key = name[len(ENV_PREFIX) :].lower().partition("__")
+            _place(tree, f"{section}.{key}", value)
+    for item in overrides:
+        path, separator, value = item.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {path}: expected section.key=value")
+        _place(tree, path.strip(), value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"configuration file cannot be read ({error.strerror}); check --config") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration file is not TOML: {error}") from None
+
+
+def _place(tree: dict[str, dict[str, Any]], path: str, value: Any) -> None:
+    section, _, key = path.partition(".")
+    annotation = Config.model_fields.get(section)
+    valid = [f"{s}.{k}" for s, f in Config.model_fields.items() for k in _fields_of(f.annotation)]
+    if annotation is None or key not in _fields_of(annotation.annotation):
+        near = difflib.get_close_matches(path, valid, n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; sections are {', '.join(Config.model_fields)}"
+        raise ConfigError(f"unknown configuration key '{path}'{hint}")
+    field = annotation.annotation.model_fields[key]  # type: ignore[union-attr]
+    if isinstance(value, str):
+        if value.strip().lower() in {"none", "null", ""} and type(None) in getattr(field.annotation, "__args__", ()):
+            value = None
+        elif getattr(field.annotation, "__origin__", None) is tuple:
+            value = [part.strip() for part in value.split(",") if part.strip()]
+    tree.setdefault(section, {})[key] = value
+
+
+def _fields_of(annotation: Any) -> list[str]:
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "configuration"
+        lines.append(f"{where}: {item['msg']}")
+    return "; ".join(lines)

@@ -1,0 +1,1 @@
+"""Metrics with intervals, no-model controls, and the HTML report."""

@@ -1,0 +1,1 @@
+"""A simulated chest radiography service: thorax phantom, lesions, DICOM writer."""

@@ -1,0 +1,1 @@
+"""MLflow behind one seam: runs, models, aliases."""

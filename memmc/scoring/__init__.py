@@ -1,0 +1,1 @@
+"""Anomaly scores and maps from masked reconstructions; Ray only in `bulk`."""

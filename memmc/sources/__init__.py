@@ -1,0 +1,1 @@
+"""Where objects come from: folders and S3 prefixes."""

@@ -1,0 +1,1 @@
+"""One training loop over any iterable of batches; Ray only in `distributed`."""
