@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import tomllib
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -312,13 +313,24 @@ def _place(tree: dict[str, dict[str, Any]], path: str, value: Any) -> None:
         near = difflib.get_close_matches(path, valid, n=1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else f"; sections are {', '.join(Config.model_fields)}"
         raise ConfigError(f"unknown configuration key '{path}'{hint}")
-    field = annotation.annotation.model_fields[key]  # type: ignore[union-attr]
     if isinstance(value, str):
-        if value.strip().lower() in {"none", "null", ""} and type(None) in getattr(field.annotation, "__args__", ()):
-            value = None
-        elif getattr(field.annotation, "__origin__", None) is tuple:
-            value = [part.strip() for part in value.split(",") if part.strip()]
+        value = _parse(value, annotation.annotation.model_fields[key].annotation)  # type: ignore[union-attr]
     tree.setdefault(section, {})[key] = value
+
+
+def _parse(text: str, annotation: Any) -> Any:
+    """Turn the text of an environment variable or --set into what the field's type is validated from."""
+    accepted = typing.get_args(annotation) or (annotation,)
+    if type(None) in accepted and text.strip().lower() in {"none", "null", ""}:
+        return None
+    if typing.get_origin(annotation) is tuple:
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if str in accepted or all(isinstance(item, str) for item in accepted):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _fields_of(annotation: Any) -> list[str]:

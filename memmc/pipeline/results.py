@@ -1,0 +1,125 @@
+"""What each step returns: plain values only, so that `--json`, Prefect and tests read the same thing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class Result:
+    """Base of all step results."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON object of `--json`."""
+        return asdict(self)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class IngestResult(Result):
+    """Account of one ingest: seen = stored + duplicate + excluded + quarantined.
+
+    Objects that an earlier run has accounted for count as `duplicate` with the
+    reason `already_ingested`; they get no second row.
+    """
+
+    seen: int
+    stored: int
+    duplicate: int
+    excluded: int
+    quarantined: int
+    reasons: dict[str, int]
+    version: int
+    cohort: str = ""
+    run: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainResult(Result):
+    """A registered model, trained and calibrated."""
+
+    model: str
+    model_digest: str
+    run: str
+    cohort: str
+    steps: int
+    loss: float
+    num_images: int
+    dataset_version: int
+    preprocess_id: str
+    train_seconds: float
+    seconds: float
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CalibrationResult(Result):
+    """A threshold from held-out normals."""
+
+    calibration_id: str
+    model: str
+    cohort: str
+    scorer: str
+    false_positive_rate: float
+    threshold: float
+    num_normals: int
+    num_patients: int
+
+
+@dataclass(frozen=True)
+class ScoreResult(Result):
+    """Account of one bulk scoring: instances = scored + already_scored."""
+
+    model: str
+    calibration_id: str
+    cohort: str
+    instances: int
+    scored: int
+    already_scored: int
+    abnormal: int
+    version: int
+    seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EvaluationResult(Result):
+    """Quality on labelled instances whose patients the model never met."""
+
+    auroc: float
+    auroc_low: float
+    auroc_high: float
+    average_precision: float
+    controls: dict[str, float]
+    num_normal: int
+    num_abnormal: int
+    model: str
+    cohort: str
+    calibration_id: str
+    scorer: str
+    average_precision_low: float
+    average_precision_high: float
+    false_positive_rate: float
+    false_positive_rate_low: float
+    false_positive_rate_high: float
+    chosen_false_positive_rate: float
+    sensitivity: float
+    pixel_auroc: float | None = None
+
+
+@dataclass(frozen=True)
+class ReportResult(Result):
+    """Where the report lies."""
+
+    report: str
+    model: str
+    cohort: str
+
+
+@dataclass(frozen=True)
+class ExportResult(Result):
+    """Where the exported score rows lie."""
+
+    path: str
+    rows: int
+    columns: tuple[str, ...]
