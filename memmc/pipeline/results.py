@@ -123,3 +123,41 @@ class ExportResult(Result):
     path: str
     rows: int
     columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlanResult(Result):
+    """What a dry run would do: counts by description."""
+
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `memmc doctor`."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class DoctorResult(Result):
+    """What works on this machine."""
+
+    healthy: bool
+    checks: list[Check]
+
+
+@dataclass(frozen=True)
+class DemoResult(Result):
+    """The whole way, once."""
+
+    ingest: dict[str, Any]
+    model: str
+    steps: int
+    train_seconds: float
+    evaluation: dict[str, Any]
+    report: str
+    seconds: float

@@ -1,0 +1,283 @@
+"""The `memmc` command: one verb per step.
+
+Exit status: 0 done, 1 failed, 2 wrong call or configuration, 3 refused by a gate.
+Heavy imports happen inside the verbs, so that the first line appears at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memmc import __version__
+from memmc.cli import summaries
+from memmc.cli.options import (
+    CohortOption,
+    ConfigOption,
+    DryRunOption,
+    FlowOption,
+    JsonOption,
+    LakeOption,
+    ModelOption,
+    SetOption,
+    call,
+)
+from memmc.errors import MemmcError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Shown a hospital's normal scans, finds the scans that are not. Research software, not a medical device.",
+)
+
+
+@app.command()
+def doctor(lake: LakeOption = None, config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
+    """Check what works on this machine; say the fix for what does not."""
+    from memmc.pipeline.doctor import examine
+
+    with call(lake, config, settings, as_json=as_json) as run:
+        result = examine(run.config, run.terminal)
+        run.finish(result, lambda: summaries.doctor(result))
+    if not result.healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    lake: LakeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the scans, the lake and the report.")] = Path("memmc-demo"),
+    minutes: Annotated[float, typer.Option("--minutes", help="Time to train, min.")] = 2.5,
+    direct: Annotated[bool, typer.Option("--direct", help="Run the steps without Prefect.")] = False,
+) -> None:
+    """Go the whole way on generated scans; a few minutes on two cores, ends with the report's path."""
+    from memmc.pipeline.demo import demo_overrides, run_demo
+
+    chosen = demo_overrides(minutes, lake or str(out / "lake"))
+    with call(None, config, [*chosen, *(settings or [])], as_json=as_json) as run:
+        result = run_demo(run.config, out, run.home, run.terminal, steps=None if direct else _flow_steps())
+        run.finish(result, lambda: summaries.demo(result))
+
+
+def _flow_steps() -> object:
+    from flows import demo as flow
+
+    return flow.steps()
+
+
+@app.command()
+def ingest(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or s3:// prefix of DICOM objects.")],
+    cohort: CohortOption,
+    label: Annotated[str | None, typer.Option("--label", help="Label of every object: normal, abnormal or unknown.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", metavar="FILE.csv", help="Columns path (or SOPInstanceUID) and label.")
+    ] = None,
+    lake: LakeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    flow: FlowOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Bring DICOM objects into the lake: each becomes one row, with pixels or with a reason."""
+    labels_file = str(labels) if labels else None
+    with call(lake, config, settings, as_json=as_json, flow=flow) as run:
+        if dry_run:
+            from memmc.pipeline.ingest import preview
+
+            plan = preview(run.config, source, cohort, label=label, labels_file=labels_file, progress=run.terminal)
+            run.finish(plan, lambda: summaries.plan(plan))
+            return
+        if run.as_flow:
+            from flows import ingest as flows_ingest
+
+            result = flows_ingest.run(run.config, source, cohort, label, labels_file, home=run.home, progress=run.terminal)
+        else:
+            from memmc.pipeline.ingest import ingest as step
+
+            result = step(run.config, source, cohort, label=label, labels_file=labels_file, progress=run.terminal)
+        run.finish(result, lambda: summaries.ingest(result))
+
+
+@app.command()
+def train(
+    cohort: CohortOption,
+    preset: Annotated[str | None, typer.Option("--preset", help="tiny, small or base; train.preset.")] = None,
+    lake: LakeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    flow: FlowOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Learn a cohort's normal scans, calibrate on held-out ones, register the model."""
+    chosen = [*([f"train.preset={preset}"] if preset else []), *(settings or [])]
+    with call(lake, config, chosen, as_json=as_json, flow=flow) as run:
+        if dry_run:
+            from memmc.pipeline.train import preview
+
+            plan = preview(run.config, cohort)
+            run.finish(plan, lambda: summaries.plan(plan))
+            return
+        if run.as_flow:
+            from flows import train as flows_train
+
+            result = flows_train.run(run.config, cohort, home=run.home, progress=run.terminal)
+        else:
+            from memmc.pipeline.train import train as step
+
+            result = step(run.config, cohort, progress=run.terminal)
+        run.finish(result, lambda: summaries.train(result))
+
+
+@app.command()
+def calibrate(
+    cohort: Annotated[str | None, typer.Option("--cohort", metavar="C", help="Normals to calibrate on; the model's own.")] = None,
+    model: ModelOption = None,
+    lake: LakeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit the score and its threshold to held-out normals again, without training."""
+    from memmc.pipeline.calibrate import calibrate as step
+
+    with call(lake, config, settings, as_json=as_json) as run:
+        result = step(run.config, cohort, model, progress=run.terminal)
+        run.finish(result, lambda: summaries.calibrate(result))
+
+
+@app.command()
+def score(
+    cohort: CohortOption,
+    model: ModelOption = None,
+    lake: LakeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    flow: FlowOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Score every stored instance of a cohort that this model and calibration have not scored yet."""
+    with call(lake, config, settings, as_json=as_json, flow=flow) as run:
+        if dry_run:
+            from memmc.pipeline.score import preview
+
+            plan = preview(run.config, cohort, model)
+            run.finish(plan, lambda: summaries.plan(plan))
+            return
+        if run.as_flow:
+            from flows import score as flows_score
+
+            result = flows_score.run(run.config, cohort, model, home=run.home, progress=run.terminal)
+        else:
+            from memmc.pipeline.score import score as step
+
+            result = step(run.config, cohort, model, progress=run.terminal)
+        run.finish(result, lambda: summaries.score(result))
+
+
+@app.command()
+def scores(
+    cohort: CohortOption,
+    model: ModelOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Parquet or CSV by its ending; CSV on stdout when absent.")
+    ] = None,
+    lake: LakeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a cohort's score rows as Parquet, CSV or JSON."""
+    from memmc.pipeline.export import export_scores, rows_as_csv, rows_as_json
+
+    with call(lake, config, settings, as_json=as_json) as run:
+        table = export_scores(run.config, cohort, model, out)
+        run.terminal.close()
+        if as_json:
+            print(rows_as_json(table, out))
+        elif out is None:
+            sys.stdout.write(rows_as_csv(table))
+        else:
+            print(f"{table.num_rows} rows: {out}")
+
+
+@app.command()
+def evaluate(
+    cohort: CohortOption,
+    model: ModelOption = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option("--masks", metavar="FILE.csv", help="Columns sop_instance_uid, path: lesion masks as PNG, for pixel AUROC."),
+    ] = None,
+    lake: LakeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model on labelled instances of patients it never met, beside controls without a model."""
+    from memmc.pipeline.evaluate import evaluate as step
+
+    with call(lake, config, settings, as_json=as_json) as run:
+        result = step(run.config, cohort, model, masks=masks, progress=run.terminal)
+        run.finish(result, lambda: summaries.evaluate(result))
+
+
+@app.command()
+def report(
+    cohort: CohortOption,
+    model: ModelOption = None,
+    masks: Annotated[Path | None, typer.Option("--masks", metavar="FILE.csv", help="As for evaluate.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="The file; reports/ in the lake when absent.")] = None,
+    lake: LakeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one self-contained HTML page: figures, heat maps, what ingest refused, how it was made."""
+    from memmc.pipeline.report import report as step
+
+    with call(lake, config, settings, as_json=as_json) as run:
+        result = step(run.config, cohort, model, out=str(out) if out else None, masks=masks, progress=run.terminal)
+        run.finish(result, lambda: result.report)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Hold the options of the command itself."""
+
+
+def main() -> None:
+    """Run the command line; errors raised on purpose become one line and their exit status."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # children of ray and mlflow repeat each warning
+    try:
+        app(standalone_mode=True)
+    except MemmcError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"memmc: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

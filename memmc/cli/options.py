@@ -1,0 +1,71 @@
+"""Options every verb shares, and how a verb runs: directly, or as its Prefect flow."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memmc.cli.terminal import Terminal
+from memmc.config import Config, load_config
+from memmc.pipeline.results import Result
+
+LakeOption = Annotated[
+    str | None, typer.Option("--lake", metavar="URI", help="Where the tables live: a folder or s3://bucket/prefix.")
+]
+ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Configuration file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; may be repeated.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+FlowOption = Annotated[
+    bool, typer.Option("--flow", help="Run as the Prefect flow; the default when PREFECT_API_URL is set.")
+]
+CohortOption = Annotated[str, typer.Option("--cohort", metavar="C", help="Name the instances are filed under.")]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="name, name/version, name@alias or a model folder; else the champion."),
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a verb: its configuration and how to speak to the caller."""
+
+    config: Config
+    terminal: Terminal
+    as_json: bool
+    as_flow: bool
+
+    @property
+    def home(self) -> Path:
+        """The working directory's `.memmc`."""
+        from memmc.pipeline.identity import home_directory
+
+        return home_directory()
+
+    def finish(self, result: Result, summary: Callable[[], str]) -> None:
+        """Print a step's result, as JSON or for a person."""
+        self.terminal.close()
+        print(json.dumps(result.as_dict()) if self.as_json else summary())
+
+
+@contextmanager
+def call(
+    lake: str | None, config: Path | None, settings: list[str] | None, *, as_json: bool, flow: bool = False
+) -> Iterator[Call]:
+    """Validate the configuration before anything else, then open the terminal."""
+    overrides = [*(settings or []), *([f"lake.uri={lake}"] if lake else [])]
+    loaded = load_config(config, os.environ, overrides)
+    terminal = Terminal(quiet=as_json)
+    try:
+        yield Call(loaded, terminal, as_json, flow or bool(os.environ.get("PREFECT_API_URL")))
+    finally:
+        terminal.close()

@@ -1,0 +1,119 @@
+"""One object to one row: the boundary where whatever goes wrong becomes a reason code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from memmc.config import Config, DataConfig, IngestConfig, SelectConfig
+from memmc.dicom.deidentify import ATTRIBUTES, Value, deidentify
+from memmc.dicom.pixels import Prepared, check_geometry, prepare
+from memmc.dicom.read import read_instance, silenced
+from memmc.dicom.reasons import Outcome, Rejected, outcome_of
+from memmc.dicom.select import select
+
+
+@dataclass(frozen=True)
+class ConvertPolicy:
+    """What a conversion depends on besides the object.
+
+    Attributes:
+        data: how pixels are prepared.
+        select: which instances are in scope.
+        ingest: limits.
+        max_date_shift_days: bound of the per-patient date shift, days.
+        key: identity key.
+    """
+
+    data: DataConfig
+    select: SelectConfig
+    ingest: IngestConfig
+    max_date_shift_days: int
+    key: bytes = field(repr=False)
+
+    @classmethod
+    def from_config(cls, config: Config, key: bytes) -> ConvertPolicy:
+        """Take the parts of the configuration that a conversion needs."""
+        return cls(config.data, config.select, config.ingest, config.deid.max_date_shift_days, key)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of one object.
+
+    Attributes:
+        outcome: stored, excluded (healthy, out of scope) or quarantined (wrong or risky).
+        reason: a code of `memmc.dicom.reasons.REASONS`; None where stored.
+        attributes: every name of `ATTRIBUTES`, de-identified; None for what could not be read.
+        pixels: little-endian unsigned, shape (height, width, channels) in C-order; None unless stored.
+    """
+
+    outcome: Outcome
+    reason: str | None
+    attributes: Mapping[str, Value]
+    pixels: bytes | None = field(repr=False)
+
+
+def rejected(reason: str, attributes: Mapping[str, Value] | None = None) -> Converted:
+    """Return the row of an object that is not stored."""
+    return Converted(outcome_of(reason), reason, attributes or dict.fromkeys(ATTRIBUTES), None)
+
+
+def _ignore(attributes: Mapping[str, Value]) -> None:
+    """Do nothing."""
+
+
+def convert(
+    data: bytes | bytearray | memoryview,
+    policy: ConvertPolicy,
+    before_pixels: Callable[[Mapping[str, Value]], None] = _ignore,
+) -> Converted:
+    """Convert one object; never raises for what the object holds.
+
+    A decoder can still kill or hang the process, or fill its memory:
+    `memmc.dicom.sandbox.Sandbox` is the way to call this on objects from outside.
+
+    Args:
+        data: the whole object.
+        policy: what to do with it.
+        before_pixels: called with the de-identified attributes once the header is read and the instance selected,
+            before a decoder sees the pixels.
+    """
+    if len(data) > policy.ingest.max_file_bytes:
+        return rejected("FILE_TOO_LARGE")
+    attributes: dict[str, Value] = dict.fromkeys(ATTRIBUTES)
+    decoding = False
+    with silenced():
+        try:
+            instance = read_instance(data, policy.ingest.max_decoded_bytes)
+            attributes.update(deidentify(instance, policy.key, policy.max_date_shift_days))
+            select(instance, policy.select)
+            geometry = check_geometry(instance, policy.ingest)
+            before_pixels(attributes)
+            decoding = True
+            return _stored(attributes, prepare(instance, geometry, policy.data))
+        except Rejected as rejection:
+            return rejected(rejection.reason, attributes)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the per-instance boundary; codecs panic past Exception
+            return rejected(_reason(error, decoding), attributes)
+
+
+def _reason(error: BaseException, decoding: bool) -> str:
+    """Name an error by its kind and place; its text quotes the object and is dropped."""
+    if isinstance(error, MemoryError):
+        return "PIX_DECODER_OOM" if decoding else "PARSE_MEMORY"
+    if isinstance(error, RecursionError) and not decoding:
+        return "PARSE_DEPTH"
+    return "PIX_DECODE_ERROR" if decoding else "PARSE_ERROR"
+
+
+def _stored(attributes: Mapping[str, Value], image: Prepared) -> Converted:
+    size: dict[str, Value] = {
+        "height": image.height,
+        "width": image.width,
+        "channels": image.channels,
+        "bits": image.bits,
+    }
+    return Converted("stored", None, {**attributes, **size}, image.pixels)

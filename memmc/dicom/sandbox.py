@@ -1,0 +1,459 @@
+"""Conversion in a process of its own, because a decoder can crash, hang or fill the memory.
+
+::
+
+    Sandbox (caller) --data--> worker <--fork-- keeper <--Popen-- Sandbox
+            ^-- attributes, result --'              '-- "worker died" --> Sandbox
+
+The keeper imports everything once, applies the limits and forks a worker, which
+answers objects until it dies or has done its share; the keeper then forks the
+next in milliseconds. A hang costs the whole group. The answer is read as data:
+JSON of known keys and patterns and raw pixels, never unpickled; what does not
+fit counts as a crash. The identity key travels over a pipe, never in the
+arguments or the environment, and the decoders' output goes to /dev/null.
+
+Run as ``python -m memmc.dicom.sandbox`` by `Sandbox` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import select as polling
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, NoReturn
+
+from memmc.config import DataConfig, IngestConfig, SelectConfig
+from memmc.dicom.convert import Converted, ConvertPolicy, convert, rejected
+from memmc.dicom.deidentify import ATTRIBUTES, NUMBERS, PATTERNS, Value
+from memmc.dicom.reasons import REASONS, outcome_of
+from memmc.errors import MemmcError
+
+MAX_ATTEMPTS = 2  # of an object that kills its process
+OBJECTS_PER_WORKER = 200  # GDCM leaks (CVE-2026-3650); a fork is cheap
+_START_TIMEOUT_S = 120.0
+_PIPE_BYTES = 1 << 20
+_MAX_JSON_BYTES = 1 << 16
+_REQUEST = struct.Struct("<QQ")  # number, bytes
+_ANSWER = struct.Struct("<cQIQ")  # kind, number, JSON bytes, pixel bytes
+_READY, _HEADER, _RESULT, _DIED = b"R", b"H", b"C", b"D"
+_EXIT_DONE, _EXIT_CLOSED = 0, 3
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+
+
+class Sandbox:
+    """Converts objects in a child process that may die.
+
+    Safe to call from several threads; calls take turns. Use as a context
+    manager or call `close`.
+
+    Args:
+        policy: as for `memmc.dicom.convert.convert`.
+    """
+
+    def __init__(self, policy: ConvertPolicy) -> None:
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._keeper: _Keeper | None = None
+        self._number = 0
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child process; a later `convert` starts another."""
+        with self._lock:
+            self._stop()
+
+    def convert(self, data: bytes | bytearray | memoryview) -> Converted:
+        """Convert one object; never raises for what the object holds, and returns within the time limit.
+
+        Raises:
+            MemmcError: the child process cannot be started at all.
+        """
+        if len(data) > self._policy.ingest.max_file_bytes:
+            return rejected("FILE_TOO_LARGE")
+        with self._lock:
+            lost = _Lost("", None, None)
+            for _ in range(MAX_ATTEMPTS):
+                answer = self._attempt(data)
+                if isinstance(answer, Converted):
+                    return answer
+                lost = answer
+                if lost.final:
+                    break
+            return rejected(lost.reason, lost.attributes)
+
+    def _attempt(self, data: bytes | bytearray | memoryview) -> Converted | _Lost:
+        if self._keeper is None or not self._keeper.alive():
+            self._stop()
+            self._keeper = _Keeper(self._policy)
+        self._number += 1
+        try:
+            answer = self._keeper.ask(self._number, data, self._policy)
+        except BaseException:  # an interrupt in mid-conversation: the pipes hold half a message
+            self._stop()
+            raise
+        if isinstance(answer, _Lost) and not answer.keeper_lives:
+            self._stop()
+        return answer
+
+    def _stop(self) -> None:
+        if self._keeper is not None:
+            self._keeper.stop()
+            self._keeper = None
+
+
+class _Lost:
+    """An object whose process did not answer.
+
+    Attributes:
+        final: another attempt would not help.
+        keeper_lives: the keeper has forked another worker.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        attributes: Mapping[str, Value] | None,
+        died_of: int | None,
+        *,
+        keeper_lives: bool = False,
+    ) -> None:
+        decoding = attributes is not None
+        self.attributes = attributes
+        self.keeper_lives = keeper_lives
+        self.final = what == "TIMEOUT"
+        if what == "TIMEOUT":
+            self.reason = "PIX_DECODER_TIMEOUT" if decoding else "PARSE_TIMEOUT"
+        elif died_of == signal.SIGKILL:  # the kernel's out-of-memory killer
+            self.reason = "PIX_DECODER_OOM" if decoding else "PARSE_MEMORY"
+        else:
+            self.reason = "PIX_DECODER_CRASH" if decoding else "PARSE_CRASH"
+
+
+class _Closed(Exception):
+    """The other side is gone, or talks nonsense."""
+
+
+class _Overdue(Exception):
+    """The deadline passed."""
+
+
+class _Keeper:
+    """The caller's end of the child process."""
+
+    def __init__(self, policy: ConvertPolicy) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "memmc.dicom.sandbox"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=_child_environment(),
+            cwd="/",
+            start_new_session=True,
+            bufsize=0,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._input, self._output = self._process.stdin.fileno(), self._process.stdout.fileno()
+        for descriptor in (self._input, self._output):
+            os.set_blocking(descriptor, False)
+            _widen(descriptor)
+        self._deadline = time.monotonic() + _START_TIMEOUT_S
+        self._received = bytearray()
+        message = _policy_json(policy)
+        try:
+            self._send([_REQUEST.pack(0, len(message)), message])
+            ready = self._receive()[0] == _READY
+        except (_Closed, _Overdue):
+            ready = False
+        if not ready:
+            self.stop()
+            raise MemmcError("the decoding process does not start; run 'memmc doctor' in this environment")
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        self._process.wait()
+
+    def ask(self, number: int, data: bytes | bytearray | memoryview, policy: ConvertPolicy) -> Converted | _Lost:
+        """Send one object and wait for its answer."""
+        self._deadline = time.monotonic() + policy.ingest.timeout_s
+        attributes: Mapping[str, Value] | None = None
+        try:
+            self._send([_REQUEST.pack(number, len(data)), data])
+            while True:
+                kind, about, head, pixels = self._receive()
+                if kind == _DIED:
+                    return _Lost("CRASH", attributes, int(head["signal"]), keeper_lives=True)
+                if about != number:  # of an object given up before
+                    continue
+                if kind == _HEADER:
+                    attributes = _checked_attributes(head.get("attributes"))
+                elif kind == _RESULT:
+                    return _checked_result(head, pixels, policy)
+                else:
+                    raise _Closed
+        except _Overdue:
+            return _Lost("TIMEOUT", attributes, None)
+        except (_Closed, KeyError, TypeError, ValueError):
+            return _Lost("CRASH", attributes, None)
+
+    def _send(self, parts: list[bytes | bytearray | memoryview]) -> None:
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                self._wait(self._input, polling.POLLOUT)
+                try:
+                    view = view[os.write(self._input, view[: 1 << 20]) :]
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    raise _Closed from None
+
+    def _receive(self) -> tuple[bytes, int, dict[str, Any], bytes]:
+        kind, number, json_bytes, pixel_bytes = _ANSWER.unpack(self._take(_ANSWER.size))
+        if json_bytes > _MAX_JSON_BYTES or pixel_bytes > 2 * 4096 * 4096:
+            raise _Closed
+        head = json.loads(self._take(json_bytes))
+        if not isinstance(head, dict):
+            raise _Closed
+        return kind, number, head, self._take(pixel_bytes)
+
+    def _take(self, size: int) -> bytes:
+        while len(self._received) < size:
+            self._wait(self._output, polling.POLLIN)
+            try:
+                chunk = os.read(self._output, _PIPE_BYTES)
+            except BlockingIOError:
+                continue
+            if not chunk:
+                raise _Closed
+            self._received += chunk
+        taken = bytes(self._received[:size])
+        del self._received[:size]
+        return taken
+
+    def _wait(self, descriptor: int, event: int) -> None:
+        left = self._deadline - time.monotonic()
+        poll = polling.poll()
+        poll.register(descriptor, event)
+        if left <= 0 or not poll.poll(left * 1000):
+            raise _Overdue
+
+
+def _checked_attributes(found: object) -> dict[str, Value]:
+    """Take attributes from the child only as far as they look like attributes.
+
+    Raises:
+        ValueError: a name or value that de-identification cannot have made.
+    """
+    if not isinstance(found, dict) or set(found) != set(ATTRIBUTES):
+        raise ValueError("attributes")
+    for name, value in found.items():
+        if value is None:
+            continue
+        if name in PATTERNS:
+            fits = isinstance(value, str) and PATTERNS[name].fullmatch(value) is not None
+        elif name in NUMBERS:
+            fits = isinstance(value, (int, NUMBERS[name])) and not isinstance(value, bool) and 0 <= value < 1 << 31
+        else:
+            fits = isinstance(value, bool)
+        if not fits:
+            raise ValueError("attributes")
+    return found
+
+
+def _checked_result(head: Mapping[str, Any], pixels: bytes, policy: ConvertPolicy) -> Converted:
+    reason = head["reason"]
+    attributes = _checked_attributes(head["attributes"])
+    if reason is not None:
+        if reason not in REASONS or pixels:
+            raise ValueError("reason")
+        return Converted(outcome_of(reason), reason, attributes, None)
+    side, bits = policy.data.image_size, policy.data.bits
+    size = tuple(attributes[name] for name in ("height", "width", "channels", "bits"))
+    if size != (side, side, 1, bits) or len(pixels) != side * side * bits // 8:
+        raise ValueError("pixels")
+    return Converted("stored", None, attributes, pixels)
+
+
+def _child_environment() -> dict[str, str]:
+    """Pass on what Python needs to start and to find this package, and nothing else: no credentials."""
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME") if name in os.environ}
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),  # noqa: PTH100
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "LC_ALL": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+    }
+
+
+def _widen(descriptor: int) -> None:
+    """Enlarge a pipe, so that an object crosses in fewer turns; best effort."""
+    if sys.platform == "linux":
+        import fcntl
+
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+
+
+def _policy_json(policy: ConvertPolicy) -> bytes:
+    return json.dumps(
+        {
+            "data": policy.data.model_dump(mode="json"),
+            "select": policy.select.model_dump(mode="json"),
+            "ingest": policy.ingest.model_dump(mode="json"),
+            "max_date_shift_days": policy.max_date_shift_days,
+            "key": policy.key.hex(),
+            "parent": os.getpid(),
+        }
+    ).encode()
+
+
+# ---- below: the child process ----
+
+
+def _read_exactly(size: int) -> bytearray:
+    """Read from the request pipe.
+
+    Raises:
+        EOFError: the caller is gone.
+    """
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = os.readv(0, [view])
+        if not count:
+            raise EOFError
+        view = view[count:]
+    return data
+
+
+def _skip(size: int) -> None:
+    while size:
+        size -= len(_read_exactly(min(size, _PIPE_BYTES)))
+
+
+def _answer(channel: int, kind: bytes, number: int, head: Mapping[str, Any], pixels: bytes = b"") -> None:
+    text = json.dumps(head).encode()
+    for part in (_ANSWER.pack(kind, number, len(text), len(pixels)) + text, pixels):
+        view = memoryview(part)
+        while view:
+            view = view[os.write(channel, view) :]
+
+
+def _die_with_parent(parent: int) -> None:
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        library.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(_EXIT_CLOSED)
+
+
+def _limit(memory_bytes: int) -> None:
+    """Apply the limits; nothing may be opened beyond the few files a decoder needs, nothing written."""
+    for what, amount in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_AS, memory_bytes),
+    ):
+        hard = resource.getrlimit(what)[1]
+        soft = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+        resource.setrlimit(what, (soft, soft))
+
+
+def _work(policy: ConvertPolicy, channel: int) -> NoReturn:
+    """Answer objects until the share is done or the caller is gone."""
+    for _ in range(OBJECTS_PER_WORKER):
+        try:
+            number, size = _REQUEST.unpack(_read_exactly(_REQUEST.size))
+        except EOFError:
+            os._exit(_EXIT_CLOSED)
+        try:
+            data = _read_exactly(size)
+        except MemoryError:
+            _skip(size)
+            result = rejected("PARSE_MEMORY")
+        else:
+            result = convert(data, policy, lambda head, n=number: _answer(channel, _HEADER, n, {"attributes": head}))
+            del data
+        head = {"reason": result.reason, "attributes": dict(result.attributes)}
+        _answer(channel, _RESULT, number, head, result.pixels or b"")
+        if result.reason in ("PIX_DECODER_OOM", "PARSE_MEMORY"):
+            break  # what could not be allocated leaves a fragmented heap behind
+    os._exit(_EXIT_DONE)
+
+
+def _keep(policy: ConvertPolicy, channel: int) -> int:
+    """Fork workers, one at a time, until the caller is gone."""
+    while True:
+        keeper = os.getpid()
+        worker = os.fork()
+        if not worker:
+            try:
+                _die_with_parent(keeper)
+                _work(policy, channel)
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+        if status == _EXIT_CLOSED:
+            return 0
+        if status != _EXIT_DONE:
+            _answer(channel, _DIED, 0, {"signal": max(-status, 0)})
+
+
+def main() -> int:
+    """Serve one `Sandbox`, over the standard streams it opened."""
+    channel = os.dup(1)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)  # decoders print there
+    os.dup2(nothing, 2)
+    _, size = _REQUEST.unpack(_read_exactly(_REQUEST.size))
+    fields = json.loads(_read_exactly(size))
+    policy = ConvertPolicy(
+        DataConfig.model_validate(fields["data"]),
+        SelectConfig.model_validate(fields["select"]),
+        IngestConfig.model_validate(fields["ingest"]),
+        fields["max_date_shift_days"],
+        bytes.fromhex(fields["key"]),
+    )
+    _die_with_parent(fields["parent"])
+    from memmc.dicom.pixels import preload
+
+    preload()
+    _limit(policy.ingest.memory_bytes)
+    _answer(channel, _READY, 0, {})
+    return _keep(policy, channel)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

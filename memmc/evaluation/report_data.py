@@ -1,0 +1,263 @@
+"""What a report is made of: plain values and arrays, no model, no table.
+
+Every section but the first two may be absent (None, or an empty tuple); the
+page then says so instead of leaving it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from memmc.evaluation.controls import ControlResult
+from memmc.evaluation.metrics import Evaluation, FloatArray, Interval
+
+Label = Literal["normal", "abnormal", "unknown"]
+ImageArray = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How the report was made.
+
+    Attributes:
+        model: "name/version".
+        model_digest: 16 hex digits over weights and description.
+        dataset_version: version of the `instances` table that was read.
+        preprocess_id: 16 hex digits naming the preparation of pixels.
+        config_id: 16 hex digits naming the configuration.
+        seeds: seed per step.
+        durations_s: wall time per step, s.
+        versions: version per package.
+        config_text: the whole configuration as text (TOML or JSON).
+    """
+
+    model: str
+    model_digest: str
+    dataset_version: int
+    preprocess_id: str
+    config_id: str
+    seeds: Mapping[str, int] = field(default_factory=dict[str, int])
+    durations_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    config_text: str | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationFacts:
+    """The threshold and where it comes from.
+
+    Attributes:
+        false_positive_rate: the rate that was chosen.
+        threshold: anomaly score from which an image is flagged.
+        num_normals: held-out normal images behind it.
+        map_scale: map value at the top of the colour scale, the same for every image.
+    """
+
+    calibration_id: str
+    scorer: str
+    false_positive_rate: float
+    threshold: float
+    num_normals: int
+    map_scale: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image of a gallery.
+
+    Attributes:
+        case_id: pseudonymous id, as stored (keyed SOP Instance UID).
+        image: (H, W) in [0, 1].
+        anomaly_map: (h, w), on the scale of `CalibrationFacts.map_scale`; resampled where its size differs.
+        mask: (H, W), true where abnormal, when known.
+        score_spread: standard deviation of the score over passes.
+    """
+
+    case_id: str
+    image: ImageArray
+    anomaly_map: ImageArray
+    anomaly_score: float
+    p_value: float
+    is_abnormal: bool
+    label: Label
+    mask: NDArray[np.bool_] | None = None
+    score_spread: float | None = None
+
+
+@dataclass(frozen=True)
+class CaseSelection:
+    """Row numbers of the images worth showing, each list in the order of the page."""
+
+    most_abnormal: tuple[int, ...]
+    calmest_normals: tuple[int, ...]
+    typical_normals: tuple[int, ...]
+    missed_abnormals: tuple[int, ...]
+    flagged_normals: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class IngestCount:
+    """Objects with one outcome for one reason."""
+
+    outcome: Literal["stored", "duplicate", "excluded", "quarantined"]
+    reason: str | None
+    count: int
+
+
+@dataclass(frozen=True)
+class MemoryLayer:
+    """How one encoder layer uses its memory.
+
+    Attributes:
+        layer: from 1.
+        attention_mass: share of attention that goes to memory slots, [0, 1].
+        slots_used: slots that get more than a negligible share.
+        num_slots: slots of the layer.
+        entropy: of the attention over slots, divided by log(num_slots): 1 = all alike, 0 = one slot only.
+    """
+
+    layer: int
+    attention_mass: float
+    slots_used: int
+    num_slots: int
+    entropy: float
+
+
+@dataclass(frozen=True)
+class MemoryHealth:
+    """Memory of the model, and what is lost without it.
+
+    Attributes:
+        auroc_without_memory: AUROC of the same model with its memory masked out, if measured.
+    """
+
+    layers: tuple[MemoryLayer, ...]
+    auroc_without_memory: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """Loss over optimiser steps.
+
+    Attributes:
+        steps: (T,) rising.
+        losses: (T,) masked reconstruction loss.
+        validation_steps: (V,), if measured.
+        validation_losses: (V,), if measured.
+    """
+
+    steps: ArrayLike
+    losses: ArrayLike
+    validation_steps: ArrayLike = ()
+    validation_losses: ArrayLike = ()
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """The model on one part of the evaluated images.
+
+    Attributes:
+        grouping: what divides the images ("lesion", "manufacturer", "view position").
+        group: value of this part. For lesions, all normals are compared with the lesion's images.
+        num_normal: normal images of the part.
+        num_abnormal: abnormal images of the part.
+        auroc: None where a class is missing.
+        interval: of the AUROC.
+        sensitivity: share of abnormals flagged.
+        false_positive_rate: share of normals flagged.
+    """
+
+    grouping: str
+    group: str
+    num_normal: int
+    num_abnormal: int
+    auroc: float | None = None
+    interval: Interval | None = None
+    sensitivity: float | None = None
+    false_positive_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class Localisation:
+    """Agreement of maps and lesion masks.
+
+    Attributes:
+        num_images: images with a mask.
+    """
+
+    num_images: int
+    pixel_auroc: float
+    aupro: float | None = None
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything on the page.
+
+    Attributes:
+        cohort: name of the scored cohort.
+        created_at: with a time zone.
+        scores: (N,) of all scored images, labelled or not.
+        num_flagged: images at or above the threshold.
+        num_patients: patients of the scored images.
+        evaluation: None where no labels exist or a class is missing.
+        controls: of the evaluated images, best first.
+    """
+
+    cohort: str
+    created_at: datetime
+    provenance: Provenance
+    calibration: CalibrationFacts
+    scores: FloatArray
+    num_flagged: int
+    num_patients: int
+    title: str = "Anomaly report"
+    evaluation: Evaluation | None = None
+    controls: tuple[ControlResult, ...] = ()
+    localisation: Localisation | None = None
+    groups: tuple[GroupResult, ...] = ()
+    most_abnormal: tuple[Case, ...] = ()
+    calmest_normals: tuple[Case, ...] = ()
+    typical_normals: tuple[Case, ...] = ()
+    missed_abnormals: tuple[Case, ...] = ()
+    flagged_normals: tuple[Case, ...] = ()
+    ingest: tuple[IngestCount, ...] = ()
+    memory: MemoryHealth | None = None
+    training: TrainingCurve | None = None
+
+
+def select_cases(labels: Sequence[Label], scores: ArrayLike, is_abnormal: ArrayLike, num: int = 6) -> CaseSelection:
+    """Choose the rows of each gallery, so that only their pixels need be read.
+
+    Args:
+        labels: (N,).
+        scores: (N,).
+        is_abnormal: (N,), true where flagged.
+        num: most rows of one gallery; the most abnormal get one and a half times as many.
+
+    Returns:
+        Rows: highest scores; normals with the lowest scores; normals nearest to their median; abnormals that were not
+        flagged, lowest first; normals that were, highest first.
+    """
+    scores_N, flagged_N, labels_N = np.asarray(scores), np.asarray(is_abnormal, dtype=bool), np.asarray(labels)
+    rising = np.argsort(scores_N, kind="stable")
+    normals = rising[labels_N[rising] == "normal"]
+    abnormals = rising[labels_N[rising] == "abnormal"]
+    middle = max(0, (len(normals) - num) // 2)
+    return CaseSelection(
+        most_abnormal=_rows(rising[::-1][: num + num // 2]),
+        calmest_normals=_rows(normals[:num]),
+        typical_normals=_rows(normals[middle : middle + num]),
+        missed_abnormals=_rows(abnormals[~flagged_N[abnormals]][:num]),
+        flagged_normals=_rows(normals[flagged_N[normals]][::-1][:num]),
+    )
+
+
+def _rows(indices: NDArray[np.intp]) -> tuple[int, ...]:
+    return tuple(int(index) for index in indices)

@@ -1,0 +1,170 @@
+"""The Arrow schemas of the four tables, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import pyarrow as pa
+
+from memmc.errors import DataError
+
+INSTANCES: Final = "instances"
+SCORES: Final = "scores"
+CALIBRATIONS: Final = "calibrations"
+LABELS: Final = "labels"
+
+
+_TYPES: Final = {
+    "str": pa.string(),
+    "i32": pa.int32(),
+    "i64": pa.int64(),
+    "f64": pa.float64(),
+    "bool": pa.bool_(),
+    "bytes": pa.binary(),
+    "f64s": pa.list_(pa.float64()),
+    "time": pa.timestamp("us", tz="UTC"),
+}
+
+
+def _schema(*columns: str) -> pa.Schema:
+    """Build a schema from ``"name type"``; a type ending in ``?`` is optional, every other must hold a value."""
+    pairs = [column.split() for column in columns]
+    return pa.schema([pa.field(name, _TYPES[kind.rstrip("?")], nullable=kind.endswith("?")) for name, kind in pairs])
+
+
+SCHEMAS: Final[Mapping[str, pa.Schema]] = {
+    INSTANCES: _schema(
+        "cohort str",
+        "object_key str",  # HMAC of source, path, size and modification time
+        "source_ref str",  # the path, encrypted under the identity key
+        "outcome str",
+        "split str",
+        "reason str?",
+        "content_key str",  # HMAC of the object's bytes
+        "size_bytes i64",
+        "patient_key str?",
+        "study_uid str?",
+        "series_uid str?",
+        "sop_instance_uid str?",
+        "label str",
+        "preprocess_id str?",
+        "pixels bytes?",  # unsigned little-endian, height x width x channels, C order
+        "height i32?",
+        "width i32?",
+        "channels i32?",
+        "bits i32?",
+        "modality str?",
+        "sop_class_uid str?",
+        "transfer_syntax_uid str?",
+        "photometric_interpretation str?",
+        "manufacturer str?",
+        "manufacturer_model str?",
+        "view_position str?",
+        "body_part str?",
+        "laterality str?",
+        "patient_sex str?",
+        "patient_age_years i32?",  # 90 means 90 and over
+        "acquisition_date str?",  # YYYYMMDD, shifted per patient
+        "rows i32?",
+        "columns i32?",
+        "bits_stored i32?",
+        "pixel_spacing_mm f64?",
+        "lossy bool?",
+        "ingest_run str",
+        "ingested_at time",
+    ),
+    SCORES: _schema(
+        "cohort str",
+        "sop_instance_uid str",
+        "patient_key str",
+        "study_uid str?",
+        "model str",  # name/version
+        "model_digest str",
+        "calibration_id str?",
+        "dataset_version i64",
+        "preprocess_id str",
+        "scorer str",
+        "anomaly_score f64",  # higher is more abnormal
+        "p_value f64?",
+        "is_abnormal bool?",
+        "score_spread f64?",  # standard deviation over passes
+        "anomaly_map bytes?",  # float16 little-endian, map_height x map_width
+        "map_height i32?",
+        "map_width i32?",
+        "scored_at time",
+        "run str",
+    ),
+    CALIBRATIONS: _schema(
+        "calibration_id str",
+        "model str",
+        "model_digest str",
+        "cohort str",
+        "dataset_version i64",
+        "preprocess_id str",
+        "scorer str",
+        "false_positive_rate f64",
+        "threshold f64",
+        "num_normals i64",
+        "normal_scores f64s?",  # sorted
+        "map_scale f64?",  # map value at the top of the colour scale
+        "scorer_state bytes?",  # safetensors
+        "created_at time",
+    ),
+    LABELS: _schema("cohort str", "sop_instance_uid str", "label str", "source str", "labelled_at time"),
+}
+"""Arrow schema of each table."""
+
+PARTITION_BY: Final[Mapping[str, tuple[str, ...]]] = {INSTANCES: ("outcome", "split")}
+"""Columns that stand in the path of a shard and not in its file."""
+
+ALLOWED: Final[Mapping[str, tuple[str, ...]]] = {
+    "outcome": ("stored", "duplicate", "excluded", "quarantined"),
+    "split": ("train", "calibrate", "test", "none"),
+    "label": ("normal", "abnormal", "unknown"),
+}
+"""Values of the columns that have a closed set of them."""
+
+
+def schema_of(table: str) -> pa.Schema:
+    """Return a table's Arrow schema.
+
+    Raises:
+        DataError: no table of this name.
+    """
+    if table not in SCHEMAS:
+        raise DataError(f"no table '{table}'; tables are {', '.join(SCHEMAS)}")
+    return SCHEMAS[table]
+
+
+def conform(table: str, rows: pa.Table) -> pa.Table:
+    """Return rows with exactly the table's columns, order and types; absent optional columns become null.
+
+    Raises:
+        DataError: an unknown column, a missing or null required value, or a value of another type.
+    """
+    schema = schema_of(table)
+    unknown = sorted(set(rows.column_names) - set(schema.names))
+    if unknown:
+        raise DataError(f"table '{table}' has no columns {unknown}; its columns are {schema.names}")
+    columns: list[pa.ChunkedArray] = []
+    for field in schema:
+        if field.name in rows.column_names:
+            try:
+                column = rows[field.name].cast(field.type)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                found = rows.schema.field(field.name).type
+                raise DataError(
+                    f"table '{table}', column '{field.name}': expected {field.type}, found {found}"
+                ) from None
+        else:
+            column = pa.chunked_array([pa.nulls(rows.num_rows, field.type)])
+        if not field.nullable and column.null_count:
+            raise DataError(
+                f"table '{table}', column '{field.name}': {column.null_count} rows hold no value; it is required"
+            )
+        allowed = ALLOWED.get(field.name)
+        if allowed and not set(column.unique().to_pylist()) <= {*allowed, None}:
+            raise DataError(f"table '{table}', column '{field.name}': a value is none of {', '.join(allowed)}")
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=schema)

@@ -1,0 +1,189 @@
+"""Shards: plain Parquet files whose every byte can be checked.
+
+A shard carries a checksum per page, and in its name the SHA-256 of its footer
+and of the whole file: ``<random>-<footer>-<whole>.parquet``. A read of small
+columns verifies pages and footer, a read of pixels the whole file, so a shard
+that rotted, was cut, or was swapped for another never becomes a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from memmc.errors import IntegrityError
+from memmc.lake.storage import Storage
+
+ROW_GROUP_BYTES = 32 << 20
+TAIL_BYTES = 64 << 10
+BULK_COLUMNS = frozenset({"pixels", "anomaly_map"})
+"""Columns of image size; never read unless named."""
+
+_STATISTICS_COLUMNS = ("cohort", "model", "ingest_run", "run")
+_REMEDY = "restore it from a copy or ingest again"
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError)
+_NAME = re.compile(r"^[0-9a-f]{16}-(?P<footer>[0-9a-f]{16})-(?P<sha256>[0-9a-f]{64})\.parquet$")
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A written, not yet committed shard.
+
+    Attributes:
+        path: name relative to the storage's root, POSIX.
+        size: bytes.
+        num_rows: rows.
+        sha256: of the whole file, hex.
+        partition: values of the partition columns, which the file itself does not hold.
+        stats: Delta statistics of the file, JSON.
+    """
+
+    path: str
+    size: int
+    num_rows: int
+    sha256: str
+    partition: Mapping[str, str] = field(default_factory=dict[str, str])
+    stats: str = "{}"
+
+
+def write_shard(
+    storage: Storage, rel_dir: str, table: pa.Table, partition: Mapping[str, str] | None = None
+) -> ShardFile:
+    """Write one shard under a new name; it is part of no table until committed.
+
+    Args:
+        storage: the lake's storage.
+        rel_dir: folder of the table, relative to the storage's root.
+        table: rows; columns that `partition` names are dropped from the file.
+        partition: one value per partition column, shared by all rows.
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    partition = dict(partition or {})
+    table = table.drop_columns([name for name in partition if name in table.column_names])
+    data = _to_parquet(table)
+    digest = hashlib.sha256(data).hexdigest()
+    folder = "/".join([rel_dir, *(f"{key}={value}" for key, value in partition.items())])
+    path = f"{folder}/{uuid.uuid4().hex[:16]}-{_footer_digest(data)}-{digest}.parquet"
+    storage.write(path, data)
+    return ShardFile(path, len(data), table.num_rows, digest, partition, _statistics(table))
+
+
+def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return a shard's rows, all columns when `columns` is None; partition columns are not in it.
+
+    Raises:
+        IntegrityError: the bytes are not those that were written; the shard is named.
+        StorageError: the shard is absent or the place cannot be read.
+    """
+    tables = list(iter_shard(storage, path, columns))
+    return pa.concat_tables(tables)
+
+
+def iter_shard(storage: Storage, path: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Yield a shard's rows in order as one or more tables; raises as `read_shard`."""
+    if columns is not None and not BULK_COLUMNS.intersection(columns):
+        table = _read_small_columns(storage, path, columns)
+        if table is not None:
+            yield table
+            return
+    data = storage.read(path)
+    named = _NAME.match(PurePosixPath(path).name)
+    if named and hashlib.sha256(data).hexdigest() != named["sha256"]:
+        raise IntegrityError(f"shard {path}: SHA-256 differs from its name; {_REMEDY}")
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        wanted = _existing_columns(file, path, columns)
+        for index in range(file.num_row_groups):
+            yield file.read_row_group(index, columns=wanted, use_threads=False).select(wanted)
+        if not file.num_row_groups:
+            yield file.schema_arrow.empty_table().select(wanted)
+    except _UNREADABLE:
+        # The decoder's own text is dropped: it may quote values.
+        raise IntegrityError(f"shard {path}: bytes differ from those written; {_REMEDY}") from None
+
+
+def _read_small_columns(storage: Storage, path: str, columns: Sequence[str]) -> pa.Table | None:
+    """Fetch only what the columns need; None when that fails, so that the whole file is fetched and judged."""
+    filesystem, root = storage.arrow_filesystem()
+    try:
+        with filesystem.open_input_file(f"{root}/{path}") as source:
+            size = source.size()
+            tail = source.read_at(min(size, TAIL_BYTES), max(0, size - TAIL_BYTES))
+            length = _footer_length(tail)
+            if length > len(tail):
+                tail = source.read_at(length, size - length)
+            named = _NAME.match(PurePosixPath(path).name)
+            if named and _footer_digest(tail) != named["footer"]:
+                return None
+            metadata = pq.read_metadata(pa.BufferReader(tail))
+            with pq.ParquetFile(source, metadata=metadata, pre_buffer=True, page_checksum_verification=True) as file:
+                wanted = _existing_columns(file, path, columns)
+                table = file.read(columns=wanted, use_threads=False).select(wanted)
+                return table if table.num_rows == metadata.num_rows else None
+    except _UNREADABLE:
+        return None
+
+
+def _footer_length(data: bytes) -> int:
+    """Return the bytes from the footer's start to the file's end: footer, its length (4 bytes), the magic ``PAR1``."""
+    if len(data) < 8:
+        raise pa.ArrowInvalid("not a Parquet file")
+    return int.from_bytes(data[-8:-4], "little") + 8
+
+
+def _footer_digest(data: bytes) -> str:
+    """Return 16 hex digits naming the footer that ends the data; too short a tail gives another name."""
+    return hashlib.sha256(data[-_footer_length(data) :]).hexdigest()[:16]
+
+
+def _existing_columns(file: pq.ParquetFile, path: str, columns: Sequence[str] | None) -> list[str]:
+    names: list[str] = file.schema_arrow.names
+    wanted = names if columns is None else list(columns)
+    missing = sorted(set(wanted) - set(names))
+    if missing:
+        raise IntegrityError(f"shard {path}: no columns {missing}; it is not of this table, or was changed")
+    return wanted
+
+
+def _to_parquet(table: pa.Table) -> bytes:
+    """Return Parquet bytes: page checksums, lz4, no dictionary and no statistics on binary columns."""
+    small = [name for name, kind in zip(table.column_names, table.schema.types, strict=True) if not _is_binary(kind)]
+    bytes_per_row = max(1, table.nbytes // max(1, table.num_rows))
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=max(1, ROW_GROUP_BYTES // bytes_per_row),
+        write_page_checksum=True,
+        compression="lz4",
+        use_dictionary=[name for name in small if pa.types.is_string(table.schema.field(name).type)],  # pyright: ignore[reportArgumentType]
+        write_statistics=small,  # pyright: ignore[reportArgumentType]
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def _statistics(table: pa.Table) -> str:
+    """Return Delta file statistics: the row count, and the only value of columns that have just one."""
+    only: dict[str, str] = {}
+    for name in _STATISTICS_COLUMNS:
+        if name in table.column_names and table.num_rows and not table[name].null_count:
+            values = table[name].unique()
+            if len(values) == 1:
+                only[name] = values[0].as_py()
+    return json.dumps(
+        {"numRecords": table.num_rows, "minValues": only, "maxValues": only, "nullCount": dict.fromkeys(only, 0)}
+    )

@@ -1,0 +1,293 @@
+"""One seam for bytes: a folder of the local file system, or a prefix of an S3 bucket.
+
+S3 takes its endpoint, region and credentials from the standard ``AWS_*``
+environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...), so a `Storage`
+holds nothing but its URI, may be pickled, and connects where it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from memmc.errors import StorageError, UsageError
+from memmc.lake import s3
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A place for bytes under names relative to it (POSIX, no ``..``).
+
+    Attributes:
+        uri: absolute local path, or ``s3://bucket/prefix``; no trailing slash.
+    """
+
+    uri: str
+
+    @classmethod
+    def open(cls, uri: str | Path) -> Storage:
+        """Return the storage at a local path, ``file://`` or ``s3://`` URI; nothing is created or contacted.
+
+        Raises:
+            UsageError: another scheme, a host in ``file://``, an S3 URI without a bucket, or a ``..`` in a prefix.
+        """
+        text = str(uri)
+        scheme, separator, _ = text.partition("://")
+        if not separator:
+            if not text:
+                raise UsageError("empty storage URI; give a path, file:// or s3:// URI")
+            return cls(str(Path(text).expanduser().absolute()))
+        parts = urlsplit(text)
+        if scheme == "file" and parts.netloc in {"", "localhost"} and parts.path:
+            return cls(str(Path(unquote(parts.path)).absolute()))
+        if scheme == "s3" and parts.netloc and "@" not in parts.netloc and not (parts.query or parts.fragment):
+            key = parts.path.strip("/")
+            if not key or _is_relative(key):
+                return cls(f"s3://{parts.netloc}/{key}".rstrip("/"))
+        raise UsageError(
+            f"storage URI of scheme '{scheme}' not understood; give a path, file:///path or s3://bucket/prefix"
+        )
+
+    @property
+    def is_s3(self) -> bool:
+        """True for a prefix of a bucket."""
+        return self.uri.startswith("s3://")
+
+    def join(self, rel: str) -> str:
+        """Return the absolute path or URI of a relative name."""
+        return f"{self.uri}/{_checked(rel)}"
+
+    def local_path(self, rel: str | None = None) -> Path | None:
+        """Return the local path of a relative name (the root without one), or None on S3."""
+        if self.is_s3:
+            return None
+        return Path(self.uri) / _checked(rel) if rel is not None else Path(self.uri)
+
+    def read(self, rel: str) -> bytes:
+        """Return an object's bytes.
+
+        Raises:
+            StorageError: absent, or the place cannot be read.
+        """
+        path = self.local_path(rel)
+        if path is None:
+            return s3.call(lambda client: client.get_object(**self._key(rel))["Body"].read())
+        with _local_errors("read"):
+            return path.read_bytes()
+
+    def write(self, rel: str, data: bytes) -> None:
+        """Write an object whole: after a crash it holds its old bytes, or all of `data`.
+
+        Raises:
+            StorageError: the place cannot be written.
+        """
+        path = self.local_path(rel)
+        if path is None:
+            s3.call(lambda client: client.put_object(**self._key(rel), Body=data))
+            return
+        with _local_errors("write"), self._aside(path, data) as temporary:
+            temporary.replace(path)
+
+    def create(self, rel: str, data: bytes) -> bool:
+        """Write an object that is not there yet; of several callers one gets True.
+
+        Returns:
+            True when this call made the object, False when it was there before.
+
+        Raises:
+            StorageError: the place cannot be written.
+        """
+        path = self.local_path(rel)
+        try:
+            if path is None:
+                s3.call(lambda client: client.put_object(**self._key(rel), Body=data, IfNoneMatch="*"))
+            else:
+                with _local_errors("write"), self._aside(path, data) as temporary:
+                    os.link(temporary, path)
+        except s3.AlreadyThereError:
+            return False
+        return True
+
+    def exists(self, rel: str) -> bool:
+        """Return whether an object of this name is there."""
+        path = self.local_path(rel)
+        if path is not None:
+            return path.is_file()
+        try:
+            s3.call(lambda client: client.head_object(**self._key(rel)))
+        except s3.AbsentError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Return the names of all objects under a folder, sorted; unfinished local writes are left out."""
+        root = self.local_path(prefix or None)
+        if root is None:
+            return sorted(self._list_s3(prefix))
+        with _local_errors("read"):
+            found = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith(_TEMPORARY))
+            return sorted(path.relative_to(self.uri).as_posix() for path in found)
+
+    def delete(self, rel: str) -> None:
+        """Remove an object; one that is not there is no error."""
+        path = self.local_path(rel)
+        if path is None:
+            s3.call(lambda client: client.delete_object(**self._key(rel)))
+            return
+        with _local_errors("write"):
+            path.unlink(missing_ok=True)
+
+    def persist(self, rel: str) -> None:
+        """Make a local object that another library wrote survive a power cut; S3 needs nothing."""
+        path = self.local_path(rel)
+        if path is not None and path.exists():
+            with _local_errors("write"):
+                _fsync(path)
+                _fsync(path.parent)
+
+    def delta_options(self) -> dict[str, str]:
+        """Return `storage_options` for the deltalake package; empty for local paths."""
+        if not self.is_s3:
+            return {}
+        s3.prepare_environment()
+        options = {
+            "AWS_REGION": s3.region(),
+            "conditional_put": "etag",  # a commit is one PUT with If-None-Match
+            "connect_timeout": f"{s3.CONNECT_TIMEOUT_S}s",
+            "timeout": f"{s3.READ_TIMEOUT_S}s",
+            "max_retries": "3",
+            "retry_timeout": f"{s3.RETRY_BUDGET_S:.0f}s",
+        }
+        endpoint = s3.endpoint()
+        if endpoint:
+            options["AWS_ENDPOINT_URL"] = endpoint
+            options["AWS_ALLOW_HTTP"] = str(endpoint.startswith("http://")).lower()
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+            if os.environ.get(name):
+                options[name] = os.environ[name]
+        return options
+
+    def arrow_filesystem(self) -> tuple[fs.FileSystem, str]:
+        """Return an Arrow file system and this storage's root in it (absolute path, or ``bucket/prefix``)."""
+        from pyarrow import fs
+
+        if not self.is_s3:
+            return fs.LocalFileSystem(), self.uri
+        s3.prepare_environment()
+        endpoint = urlsplit(s3.endpoint() or "")
+        return (
+            fs.S3FileSystem(
+                region=s3.region(),
+                connect_timeout=s3.CONNECT_TIMEOUT_S,
+                request_timeout=s3.READ_TIMEOUT_S,
+                retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=3),
+                **({"scheme": endpoint.scheme, "endpoint_override": endpoint.netloc} if endpoint.netloc else {}),
+            ),
+            self.uri.removeprefix("s3://"),
+        )
+
+    def probe_conditional_put(self) -> None:
+        """Check that the store refuses to overwrite when asked to; commits rely on it.
+
+        Raises:
+            StorageError: the second of two conditional writes was accepted, or the place cannot be written.
+        """
+        rel = f"_probe/{uuid.uuid4().hex}"
+        try:
+            if not self.create(rel, b"1") or self.create(rel, b"2") or self.read(rel) != b"1":
+                raise StorageError(
+                    "S3 storage ignores If-None-Match on PUT, so two writers could overwrite each other's commit; "
+                    "use a store that supports conditional writes"
+                )
+        finally:
+            self.delete(rel)
+
+    def _key(self, rel: str) -> dict[str, str]:
+        bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
+        return {"Bucket": bucket, "Key": f"{prefix}/{_checked(rel)}".lstrip("/")}
+
+    def _list_s3(self, prefix: str) -> Iterator[str]:
+        where = self._key(prefix) if prefix else self._key("_")
+        folder = f"{where['Key']}/" if prefix else where["Key"].removesuffix("_")
+        root = self._key("_")["Key"].removesuffix("_")
+        token: dict[str, str] = {}
+        while True:
+            page = s3.call(
+                lambda client, more=token: client.list_objects_v2(Bucket=where["Bucket"], Prefix=folder, **more)
+            )
+            yield from (item["Key"].removeprefix(root) for item in page.get("Contents", ()))
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    @contextlib.contextmanager
+    def _aside(self, path: Path, data: bytes) -> Generator[Path]:
+        """Write durably beside `path`; the body moves the file into place, then the folder is made durable."""
+        if not path.parent.is_dir():
+            self._make_folder(path.parent)
+        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary
+            _fsync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make a folder and its parents durably; a new root is open to its owner alone."""
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir(mode=0o700 if path == Path(self.uri) else 0o777, exist_ok=True)
+            _fsync(path.parent)
+
+
+def _is_relative(rel: str) -> bool:
+    return (
+        bool(rel)
+        and "\0" not in rel
+        and not rel.startswith("/")
+        and not {"..", ".", ""} & set(rel.rstrip("/").split("/"))
+    )
+
+
+def _checked(rel: str) -> str:
+    if not _is_relative(rel):
+        raise StorageError("storage name leaves its root or is empty; names are relative, without '..'")
+    return str(PurePosixPath(rel))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _local_errors(verb: str) -> Generator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise s3.AlreadyThereError("local storage: an object of this name is already there") from None
+    except FileNotFoundError:
+        raise s3.AbsentError(f"local storage: cannot {verb}, nothing of this name is there; check the URI") from None
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        advice = "free space and run again" if full else "check the folder's permissions and the disk"
+        raise StorageError(f"local storage: cannot {verb} ({error.strerror}); {advice}") from None

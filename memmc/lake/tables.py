@@ -1,0 +1,374 @@
+"""The four Delta tables of a lake, and the only code that commits to them.
+
+Workers write shards (`write_rows`), one commit (`Lake.commit`) makes them part
+of a table, all or none. A table's version numbers its commits; a reader that
+names a version sees the same rows for ever. Other tools (DuckDB, Spark, Polars,
+pandas) open the tables as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from memmc.errors import DataError, IdentityKeyError, StorageError
+from memmc.lake.files import DataFile, Filter, Value, read_file, select_rows, values, write_rows
+from memmc.lake.s3 import AbsentError
+from memmc.lake.schemas import INSTANCES, LABELS, PARTITION_BY, SCHEMAS, schema_of
+from memmc.lake.shards import BULK_COLUMNS, ShardFile
+from memmc.lake.storage import Storage
+
+if TYPE_CHECKING:
+    from deltalake import DeltaTable
+
+COMMIT_ATTEMPTS = 12
+READ_THREADS = 8
+IDENTITY_FILE = "_identity.json"
+
+
+class Lake:
+    """All tables under one URI; holds nothing but the URI and may be pickled."""
+
+    def __init__(self, uri: str | Path) -> None:
+        self.storage = Storage.open(uri)
+
+    @property
+    def uri(self) -> str:
+        """Absolute path or ``s3://`` URI of the lake's root."""
+        return self.storage.uri
+
+    def exists(self, table: str) -> bool:
+        """Return whether the table has been made."""
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError
+
+        schema_of(table)
+        try:
+            return DeltaTable.is_deltatable(self.storage.join(table), storage_options=self.storage.delta_options())
+        except (DeltaError, OSError) as error:
+            raise _storage_error(error) from None
+
+    def version(self, table: str) -> int:
+        """Return the newest version of a table.
+
+        Raises:
+            DataError: the lake has no such table yet.
+        """
+        return self._open(table).version()
+
+    def commit(
+        self,
+        table: str,
+        files: Iterable[ShardFile],
+        run_id: str,
+        metadata: Mapping[str, Any] | None = None,
+        step: int = 1,
+    ) -> int:
+        """Make shards part of a table, all or none, once per run and step.
+
+        A run and step that the table holds already adds nothing, so a step
+        that died after its commit may be run again.
+
+        Args:
+            table: name; the table is made when the lake has none.
+            files: what `write_rows` returned, from any number of workers.
+            run_id: the run; with `step` it names the commit.
+            metadata: JSON values kept in the commit.
+            step: 1, 2, ... for a run of several commits; a run's steps commit in order.
+
+        Returns:
+            The version that holds the commit.
+
+        Raises:
+            StorageError: the place cannot be written, or other writers won every attempt.
+        """
+        from deltalake import CommitProperties, Transaction
+        from deltalake.exceptions import CommitFailedError, DeltaError
+
+        schema, by = schema_of(table), list(PARTITION_BY.get(table, ()))
+        actions = [_add_action(table, file) for file in files]
+        commit_id = uuid.uuid4().hex
+        properties = CommitProperties(
+            custom_metadata={
+                "run": run_id,
+                "step": str(step),
+                "commit": commit_id,
+                "metadata": json.dumps(metadata or {}),
+            },
+            app_transactions=[Transaction(run_id, step)],
+        )
+        for attempt in range(COMMIT_ATTEMPTS):
+            try:
+                delta = self._open_or_make(table)
+                if (delta.transaction_version(run_id) or 0) >= step:
+                    newest = delta.version()
+                    found = self._find_commit(table, range(newest, -1, -1), {"run": run_id, "step": str(step)})
+                    return newest if found is None else found
+                delta.create_write_transaction(
+                    actions, mode="append", schema=schema, partition_by=by, commit_properties=properties
+                )
+                # Others may have committed meanwhile, so ours is somewhere after the version that we started from.
+                later = range(delta.version() + 1, self._open(table).version() + 1)
+                version = self._find_commit(table, later, {"commit": commit_id})
+                if version is None:
+                    raise StorageError(f"table '{table}': the commit cannot be found after it was made; run again")
+                self.storage.persist(_log_name(table, version))
+                return version
+            except CommitFailedError:
+                time.sleep(random.uniform(0, 0.05) * 2 ** min(attempt, 5))
+            except (DeltaError, OSError) as error:
+                raise _storage_error(error) from None
+        raise StorageError(f"table '{table}': other writers won {COMMIT_ATTEMPTS} attempts in a row; run again")
+
+    def append(
+        self, table: str, rows: pa.Table, run_id: str | None = None, metadata: Mapping[str, Any] | None = None
+    ) -> int:
+        """Write and commit rows of a small table; see `write_rows` and `commit`."""
+        return self.commit(table, write_rows(self.storage, table, rows), run_id or uuid.uuid4().hex, metadata)
+
+    def files(self, table: str, version: int | None = None, partitions: Filter | None = None) -> list[DataFile]:
+        """Return the shards of a version, in a fixed order, without opening any.
+
+        Args:
+            table: name.
+            version: the newest when absent.
+            partitions: values of partition columns; other columns prune only where a shard's statistics
+                say that all its rows share one other value.
+
+        Raises:
+            DataError: no such table or version.
+        """
+        delta = self._open(table, version)
+        if "deletionVectors" in (delta.protocol().reader_features or ()):
+            raise DataError(
+                f"table '{table}' uses deletion vectors, which another tool switched on; rewrite it without"
+            )
+        actions = pa.table(delta.get_add_actions(flatten=True)).to_pylist()
+        by = PARTITION_BY.get(table, ())
+        where = {name: values(value) for name, value in (partitions or {}).items()}
+        found: list[DataFile] = []
+        for action in actions:
+            partition = {name: action[f"partition.{name}"] for name in by}
+            if all(_may_hold(action, partition, name, allowed) for name, allowed in where.items()):
+                found.append(
+                    DataFile(f"{table}/{action['path']}", action["size_bytes"], action["num_records"], partition)
+                )
+        return sorted(found, key=lambda file: file.path)
+
+    def read(
+        self,
+        table: str,
+        columns: Sequence[str] | None = None,
+        version: int | None = None,
+        filter: Filter | None = None,
+    ) -> pa.Table:
+        """Return rows of a table, page checksums verified.
+
+        Args:
+            table: name.
+            columns: names; all but those of image size (`BULK_COLUMNS`) when absent.
+            version: the newest when absent.
+            filter: which rows; partition columns and a shard's single cohort or model spare whole shards.
+
+        Raises:
+            DataError: no such table, version or column.
+            IntegrityError: a shard's bytes are not those that were written.
+        """
+        schema = schema_of(table)
+        wanted = [name for name in schema.names if name not in BULK_COLUMNS] if columns is None else list(columns)
+        where = dict(filter or {})
+        unknown = sorted({*wanted, *where} - set(schema.names))
+        if unknown:
+            raise DataError(f"table '{table}' has no columns {unknown}; its columns are {schema.names}")
+        load = [*wanted, *(name for name in where if name not in wanted)]
+        empty = pa.schema([schema.field(name) for name in load]).empty_table()
+
+        def load_file(file: DataFile) -> pa.Table:
+            rows = read_file(self.storage, table, file, load)
+            return select_rows(rows, where)
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            parts = list(pool.map(load_file, self.files(table, version, where)))
+        return pa.concat_tables([empty, *parts]).select(wanted)
+
+    def history(self, table: str, limit: int | None = None) -> list[dict[str, Any]]:
+        """Return the commits, newest first: version, timestamp (ms since 1970), run, step, metadata."""
+        entries: list[dict[str, Any]] = []
+        version = self.version(table)
+        while version >= 0 and (limit is None or len(entries) < limit):
+            entry = self._log_entry(table, version)
+            if entry is None:
+                break
+            entries.append(
+                {
+                    "version": version,
+                    "timestamp": entry.get("timestamp"),
+                    "operation": entry.get("operation"),
+                    "run": entry.get("run"),
+                    "step": int(entry.get("step", 0)),
+                    "metadata": json.loads(entry.get("metadata") or "{}"),
+                }
+            )
+            version -= 1
+        return entries
+
+    def instances_with_labels(
+        self,
+        columns: Sequence[str] | None = None,
+        version: int | None = None,
+        filter: Filter | None = None,
+        labels_version: int | None = None,
+    ) -> pa.Table:
+        """Return `instances` rows whose label is the newest opinion in `labels`, else the ingested one.
+
+        Arguments are those of `read`; a filter on ``label`` applies to the effective label.
+        """
+        schema = SCHEMAS[INSTANCES]
+        wanted = [name for name in schema.names if name not in BULK_COLUMNS] if columns is None else list(columns)
+        where = dict(filter or {})
+        label_filter = {"label": where.pop("label")} if "label" in where else {}
+        load = [*wanted, *(name for name in ("cohort", "sop_instance_uid", "label") if name not in wanted)]
+        rows = self.read(INSTANCES, load, version, where)
+        newest = self._newest_labels(labels_version)
+        if newest:
+            names = ("cohort", "sop_instance_uid", "label")
+            cohorts, uids, labels = (rows[name].to_pylist() for name in names)
+            labels = [newest.get(key[:2], key[2]) for key in zip(cohorts, uids, labels, strict=True)]
+            index = rows.column_names.index("label")
+            rows = rows.set_column(index, schema.field("label"), pa.array(labels, pa.string()))
+        return select_rows(rows, label_filter).select(wanted)
+
+    def check_key_id(self, key_id: str) -> None:
+        """Tie the lake to an identity key at first use, and refuse any other key afterwards.
+
+        Args:
+            key_id: a public name of the key (a digest), never the key.
+
+        Raises:
+            IdentityKeyError: the lake was made with another key.
+        """
+        if self.storage.create(IDENTITY_FILE, json.dumps({"key_id": key_id}).encode()):
+            return
+        found = self.key_id()
+        if found != key_id:
+            raise IdentityKeyError(
+                f"this lake was made with identity key {found}, the key given is {key_id}; "
+                "give the lake's key (deid.key_file), or use another lake"
+            )
+
+    def key_id(self) -> str | None:
+        """Return the public name of the lake's identity key, or None before its first use."""
+        if not self.storage.exists(IDENTITY_FILE):
+            return None
+        try:
+            return str(json.loads(self.storage.read(IDENTITY_FILE))["key_id"])
+        except (ValueError, KeyError, TypeError):
+            raise IdentityKeyError(f"{IDENTITY_FILE} of the lake is unreadable; restore it from a copy") from None
+
+    def _newest_labels(self, version: int | None) -> dict[tuple[str, str], str]:
+        if not self.exists(LABELS):
+            return {}
+        rows = self.read(LABELS, version=version)
+        order = [(name, "ascending") for name in ("labelled_at", "source", "label")]
+        return {(row["cohort"], row["sop_instance_uid"]): row["label"] for row in rows.sort_by(order).to_pylist()}
+
+    def _open(self, table: str, version: int | None = None) -> DeltaTable:
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError, TableNotFoundError
+
+        schema_of(table)
+        try:
+            return DeltaTable(self.storage.join(table), version=version, storage_options=self.storage.delta_options())
+        except TableNotFoundError:
+            raise DataError(f"the lake has no table '{table}' yet; ingest, calibrate or score first") from None
+        except (DeltaError, OSError) as error:
+            if version is not None and self.exists(table):
+                raise DataError(
+                    f"table '{table}' has no version {version}; its newest is {self.version(table)}"
+                ) from None
+            raise _storage_error(error) from None
+
+    def _open_or_make(self, table: str) -> DeltaTable:
+        from deltalake import DeltaTable
+        from deltalake.exceptions import DeltaError
+
+        if self.exists(table):
+            return self._open(table)
+        try:
+            DeltaTable.create(
+                self.storage.join(table),
+                schema=SCHEMAS[table],
+                partition_by=list(PARTITION_BY.get(table, ())),
+                storage_options=self.storage.delta_options(),
+            )
+        except (DeltaError, OSError) as error:
+            if not self.exists(table):  # else another writer made it first
+                raise _storage_error(error) from None
+        return self._open(table)
+
+    def _find_commit(self, table: str, versions: Iterable[int], marks: Mapping[str, str]) -> int | None:
+        """Return the first of the versions whose commit carries the marks."""
+        for version in versions:
+            entry = self._log_entry(table, version) or {}
+            if all(entry.get(name) == value for name, value in marks.items()):
+                return version
+        return None
+
+    def _log_entry(self, table: str, version: int) -> dict[str, Any] | None:
+        """Return a commit's own information, or None when the log no longer holds it.
+
+        `DeltaTable.history` numbers commits from its snapshot's version but may
+        list later ones, which gives them too low a version; so the log is read.
+        """
+        try:
+            lines = self.storage.read(_log_name(table, version)).splitlines()
+        except AbsentError:
+            return None
+        infos = (json.loads(line).get("commitInfo") for line in lines if b'"commitInfo"' in line)
+        return next((info for info in infos if info), {})
+
+
+def _log_name(table: str, version: int) -> str:
+    return f"{table}/_delta_log/{version:020d}.json"
+
+
+def _may_hold(action: Mapping[str, Any], partition: Mapping[str, str], name: str, allowed: list[Value]) -> bool:
+    if name in partition:
+        return partition[name] in allowed
+    low, high = action.get(f"min.{name}"), action.get(f"max.{name}")
+    return low is None or low != high or low in allowed
+
+
+def _add_action(table: str, file: ShardFile) -> Any:
+    from deltalake.transaction import AddAction
+
+    if not file.path.startswith(f"{table}/"):
+        raise DataError(f"a shard written for another table cannot be committed to '{table}'")
+    return AddAction(
+        path=file.path.removeprefix(f"{table}/"),
+        size=file.size,
+        partition_values=dict(file.partition),
+        modification_time=time.time_ns() // 1_000_000,
+        data_change=True,
+        stats=file.stats,
+    )
+
+
+def _storage_error(error: Exception) -> StorageError:
+    """Name the place and the remedy; the library's text holds paths and is dropped."""
+    text = str(error).lower()
+    if any(word in text for word in ("403", "forbidden", "accessdenied", "401", "credential")):
+        return StorageError("table storage: access refused; check AWS_ACCESS_KEY_ID, its secret and its rights")
+    if "no space" in text:
+        return StorageError("table storage: full; free space and run again")
+    return StorageError(
+        f"table storage: not reachable or not readable ({type(error).__name__}); check the lake URI and server"
+    )

@@ -1,0 +1,114 @@
+"""What evaluation and report both stand on: scores of unseen patients, controls, masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memmc.config import Config
+from memmc.evaluation.controls import ControlResult, control_scores, evaluate_controls
+from memmc.evaluation.localisation import aupro, pixel_auroc
+from memmc.evaluation.metrics import Evaluation, evaluate_scores
+from memmc.evaluation.report_data import Localisation
+from memmc.lake.tables import Lake
+from memmc.pipeline.identity import held_key, home_directory
+from memmc.pipeline.images import Images, read_images, read_masks
+from memmc.pipeline.models import OpenModel
+from memmc.pipeline.progress import Progress
+from memmc.pipeline.select import newest_calibration, normals, one_preparation, score_rows, unmet
+from memmc.scoring.maps import decode_map
+
+_CONTROL_NORMALS = 1000
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Measured quality, and the rows it was measured on.
+
+    Attributes:
+        rows: instances of unseen patients joined to their scores.
+        calibration: the calibration row the scores were judged by.
+        masks: lesion mask (H, W) by SOP Instance UID, of the abnormal rows that have one.
+    """
+
+    rows: list[dict[str, Any]]
+    calibration: dict[str, Any]
+    evaluation: Evaluation
+    controls: tuple[ControlResult, ...]
+    masks: dict[str, Any]
+    localisation: Localisation | None
+
+
+def assess(
+    config: Config, lake: Lake, model: OpenModel, cohort: str, masks: Path | None, progress: Progress
+) -> Assessment:
+    """Score what is not scored yet, then measure.
+
+    Raises:
+        DataError: one class is missing among unseen patients, or the model is not calibrated.
+        PreprocessMismatch: the cohort's pixels were prepared otherwise than the model's.
+    """
+    from memmc.pipeline.score import score
+
+    calibration = newest_calibration(lake, model)
+    instances = unmet(lake, model, cohort)
+    model.require({one_preparation_id(instances)} if instances else set())
+    uids = [row["sop_instance_uid"] for row in instances]
+    if set(uids) - score_rows(lake, cohort, model, calibration["calibration_id"]).keys():
+        score(config, cohort, model.ref, progress=progress)
+    scores = score_rows(lake, cohort, model, calibration["calibration_id"])
+    rows = [{**row, **scores[row["sop_instance_uid"]], "label": row["label"]} for row in instances]
+    labels = np.array([row["label"] == "abnormal" for row in rows])
+    values = np.array([row["anomaly_score"] for row in rows])
+    flagged = np.array([row["is_abnormal"] for row in rows])
+    patients = [row["patient_key"] for row in rows]
+    settings = {
+        "resamplings": config.evaluate.bootstrap,
+        "confidence": config.evaluate.confidence,
+        "seed": config.evaluate.seed,
+    }
+    progress.stage("evaluate")
+    evaluation = evaluate_scores(labels, values, flagged, patients, **settings)
+    raw = control_scores(_grey(_training_normals(config, lake, model)), _grey(read_images(lake, cohort, uids)))
+    controls = evaluate_controls(raw, labels, values, patients, **settings)
+    known = read_masks(masks, held_key(config, home_directory()), config.data) if masks else {}
+    mine = {row["sop_instance_uid"]: known[row["sop_instance_uid"]] for row in rows if row["sop_instance_uid"] in known}
+    localisation = localise(lake, cohort, model, calibration["calibration_id"], mine) if mine else None
+    return Assessment(rows, calibration, evaluation, controls, mine, localisation)
+
+
+def localise(lake: Lake, cohort: str, model: OpenModel, calibration_id: str, masks: dict[str, Any]) -> Localisation:
+    """Compare anomaly maps with lesion masks, over the images that have one."""
+    maps = read_maps(lake, cohort, model, calibration_id, list(masks))
+    ordered = [masks[uid] for uid in masks]
+    return Localisation(len(masks), pixel_auroc(maps, ordered), aupro(maps, ordered))
+
+
+def read_maps(lake: Lake, cohort: str, model: OpenModel, calibration_id: str, uids: list[str]) -> list[Any]:
+    """Return anomaly maps (H, W) float16, in the order of the UIDs."""
+    columns = ("anomaly_map", "map_height", "map_width")
+    rows = score_rows(lake, cohort, model, calibration_id, columns)
+    chosen = [rows[uid] for uid in uids]
+    return [decode_map(row["anomaly_map"], row["map_height"], row["map_width"]) for row in chosen]
+
+
+def one_preparation_id(rows: list[dict[str, Any]]) -> str:
+    """Return the `preprocess_id` all rows share; see `select.one_preparation`."""
+    return str(one_preparation(rows)["preprocess_id"])
+
+
+def _training_normals(config: Config, lake: Lake, model: OpenModel) -> Images:
+    """Return at most 1,000 of the model's training images, drawn by the evaluation's seed."""
+    rows = normals(lake, model.cohort, "train", model.dataset_version)
+    uids = sorted(row["sop_instance_uid"] for row in rows)
+    if len(uids) > _CONTROL_NORMALS:
+        draw = np.random.default_rng(config.evaluate.seed).choice(len(uids), _CONTROL_NORMALS, replace=False)
+        uids = [uids[index] for index in sorted(draw)]
+    return read_images(lake, model.cohort, uids, model.dataset_version)
+
+
+def _grey(images_NHWC: Images) -> Images:
+    return images_NHWC.mean(axis=-1)

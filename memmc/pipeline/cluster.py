@@ -1,0 +1,142 @@
+"""The Ray cluster a step runs on: a private one in this process tree, or one that is named."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from memmc.config import Config
+from memmc.errors import MemmcError
+
+# A Unix socket's path may hold 107 bytes; Ray puts up to 63 below its session's parent.
+_LONGEST_SESSION_PARENT = 40
+_OBJECT_STORE_BYTES = 2 << 30
+_SPARE_CPUS = 2
+_REMOVE_ATTEMPTS = 40
+
+
+def prepare_environment(home: Path) -> None:
+    """Set what Ray reads from the environment, before ray is imported.
+
+    Ray opens ports on every interface whatever it is told, so even a private
+    cluster asks for a token. Children started at nice 15 (Ray's default) starve
+    beside anything else on the machine.
+    """
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_worker_niceness": "0",
+        "RAY_DATA_USE_DATASOURCE_V2": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    if os.environ["RAY_AUTH_MODE"] == "token" and not (
+        os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    ):
+        path = home / "ray_token"
+        if not path.exists():
+            home.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+
+
+@contextmanager
+def ray_cluster(config: Config, home: Path) -> Iterator[Any]:
+    """Yield the ray module, connected; end the cluster only if this call began it.
+
+    Args:
+        config: `ray.address` names a cluster to join, else a local one is started.
+        home: the working directory's `.memmc`.
+
+    Raises:
+        MemmcError: the cluster has too few CPUs for the training workers and the data tasks beside them.
+    """
+    prepare_environment(home)
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    _quiet()
+    parent: Path | None = None
+    if config.ray.address:
+        ray.init(address=config.ray.address, logging_level="error", log_to_driver=False)
+    else:
+        parent = _session_parent(home)
+        ray.init(
+            num_cpus=config.ray.num_cpus or (os.cpu_count() or 2) + _SPARE_CPUS,
+            include_dashboard=True,  # Ray Train asks it for the state of its controller, once a second, aloud
+            dashboard_host="127.0.0.1",
+            object_store_memory=_OBJECT_STORE_BYTES,
+            logging_level="error",
+            log_to_driver=False,
+            _temp_dir=str(parent),
+        )
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.use_datasource_v2 = False
+        yield ray
+    finally:
+        ray.shutdown()
+        if parent is not None:
+            _remove(parent)
+
+
+def require_cpus(ray: Any, workers: int, use_gpu: bool) -> None:
+    """Refuse at once what Ray would wait for without end.
+
+    Training workers hold a CPU each for the whole run while data tasks need at least one more.
+
+    Raises:
+        MemmcError: naming what is there, what is needed and the settings to change.
+    """
+    resources = ray.cluster_resources()
+    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if cpus < workers + 1:
+        raise MemmcError(
+            f"{workers} training workers need {workers + 1} CPUs, the cluster has {cpus}; "
+            "lower train.num_workers or raise ray.num_cpus"
+        )
+    if use_gpu and gpus < workers:
+        raise MemmcError(
+            f"{workers} training workers need {workers} GPUs, the cluster has {gpus}; "
+            "lower train.num_workers or set train.use_gpu=false"
+        )
+
+
+def _session_parent(home: Path) -> Path:
+    """Make an empty folder for one Ray session, below `.memmc` when its path is short enough."""
+    preferred = (home / "ray").absolute()
+    if len(str(preferred)) + len("/xxxxxxxx") <= _LONGEST_SESSION_PARENT:
+        preferred.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="", dir=preferred))
+    return Path(tempfile.mkdtemp(prefix="memmc-"))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a session's folder; its last processes may write for a moment after the shutdown."""
+    for _ in range(_REMOVE_ATTEMPTS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.25)
+
+
+def _quiet() -> None:
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,140 @@
+"""What one ingest task does: fetch some objects, convert each in the sandbox, write their shards.
+
+Runs on Ray workers. A bad object never raises here: Ray would repeat the task
+without end, or drop a block of good rows. It becomes a row with a reason.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+import pyarrow as pa
+
+from memmc.config import SplitConfig
+from memmc.dicom.convert import Converted, ConvertPolicy
+from memmc.dicom.deidentify import content_key, object_key, seal_path
+from memmc.dicom.sandbox import Sandbox
+from memmc.lake.shards import ShardFile, write_shard
+from memmc.lake.splits import split_of
+from memmc.lake.storage import Storage
+from memmc.lake.schemas import INSTANCES, SCHEMAS
+from memmc.pipeline.labels import StatedLabels
+from memmc.sources.folder_s3 import FetchFailed, SourceObject, fetch
+
+# What the driver needs of every row to settle duplicates and to balance the account.
+ACCOUNT = ("object_key", "outcome", "split", "reason", "sop_instance_uid", "content_key")
+
+
+@dataclass(frozen=True)
+class IngestJob:
+    """What all tasks of one ingest share. Holds the identity key: never log it."""
+
+    run: str
+    cohort: str
+    source: str
+    storage: Storage
+    policy: ConvertPolicy
+    split: SplitConfig
+    labels: StatedLabels
+    preprocess_id: str
+    started: datetime
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A shard and the account of its rows in file order."""
+
+    file: ShardFile
+    account: list[dict[str, Any]]
+
+
+_sandboxes: dict[int, Sandbox] = {}
+
+
+def sandbox_for(policy: ConvertPolicy) -> Sandbox:
+    """Return this process's sandbox for `policy`; it lives as long as the process."""
+    known = hash(policy)
+    if known not in _sandboxes:
+        for old in _sandboxes.values():
+            old.close()
+        _sandboxes.clear()
+        _sandboxes[known] = Sandbox(policy)
+        atexit.register(_sandboxes[known].close)
+    return _sandboxes[known]
+
+
+def convert_objects(job: IngestJob, objects: list[SourceObject]) -> list[WrittenShard]:
+    """Convert `objects` and write one shard per partition that occurs among them."""
+    partitions: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows_of(job, objects):
+        partitions[row["outcome"], row["split"]].append(row)
+    return [write_partition(job.storage, outcome, split, rows) for (outcome, split), rows in sorted(partitions.items())]
+
+
+def rows_of(job: IngestJob, objects: list[SourceObject]) -> Iterator[dict[str, Any]]:
+    """Yield exactly one row of the `instances` table per object, in order."""
+    sandbox = sandbox_for(job.policy)
+    for item in objects:
+        try:
+            data = fetch(job.source, item, job.policy.ingest.max_file_bytes)
+        except FetchFailed as failure:
+            data, converted = None, Converted(outcome="quarantined", reason=failure.reason)
+        else:
+            converted = sandbox.convert(data)
+        yield _row(job, item, data, converted)
+
+
+def _row(job: IngestJob, item: SourceObject, data: bytes | None, converted: Converted) -> dict[str, Any]:
+    stored = converted.outcome == "stored"
+    attributes: Mapping[str, Any] = converted.attributes
+    patient_key = attributes.get("patient_key")
+    return {
+        **attributes,
+        "cohort": job.cohort,
+        "object_key": object_key(job.policy.key, job.source, item.path, item.size, item.modified),
+        "source_ref": seal_path(job.policy.key, item.path),
+        "outcome": converted.outcome,
+        "split": split_of(str(patient_key), job.split) if stored else "none",
+        "reason": converted.reason,
+        "content_key": "" if data is None else content_key(job.policy.key, data),
+        "size_bytes": item.size,
+        "label": job.labels.of(item.path, attributes.get("sop_instance_uid")),
+        "preprocess_id": job.preprocess_id if stored else None,
+        "pixels": converted.pixels if stored else None,
+        "ingest_run": job.run,
+        "ingested_at": job.started,
+    }
+
+
+def write_partition(storage: Storage, outcome: str, split: str, rows: list[dict[str, Any]]) -> WrittenShard:
+    """Write one shard of rows that share a partition."""
+    schema = SCHEMAS[INSTANCES]
+    table = pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema=schema)
+    file = write_shard(storage, INSTANCES, table, partition={"outcome": outcome, "split": split})
+    return WrittenShard(file=file, account=[{name: row.get(name) for name in ACCOUNT} for row in rows])
+
+
+def objects_to_json(objects: list[SourceObject]) -> str:
+    """Encode a chunk of the listing for the way to a worker."""
+    return json.dumps([asdict(item) for item in objects])
+
+
+def objects_from_json(text: str) -> list[SourceObject]:
+    """Decode what `objects_to_json` made."""
+    return [SourceObject(**item) for item in json.loads(text)]
+
+
+def shards_to_json(shards: list[WrittenShard]) -> str:
+    """Encode the account of a chunk for the way back to the driver."""
+    return json.dumps([asdict(shard) for shard in shards])
+
+
+def shards_from_json(text: str) -> list[WrittenShard]:
+    """Decode what `shards_to_json` made."""
+    return [WrittenShard(**{**item, "file": ShardFile(**item["file"])}) for item in json.loads(text)]

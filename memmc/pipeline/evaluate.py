@@ -1,0 +1,59 @@
+"""Evaluate: quality on labelled patients the model never met, beside controls without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from memmc.config import Config
+from memmc.lake.tables import Lake
+from memmc.pipeline.assess import Assessment, assess
+from memmc.pipeline.identity import home_directory
+from memmc.pipeline.models import OpenModel, open_model
+from memmc.pipeline.progress import Progress, Silent
+from memmc.pipeline.results import EvaluationResult
+
+
+def evaluate(
+    config: Config, cohort: str, model: str | None = None, *, masks: Path | None = None, progress: Progress | None = None
+) -> EvaluationResult:
+    """Measure a model on every labelled instance of a cohort whose patient it was neither trained nor calibrated on.
+
+    Instances that are not scored yet are scored first.
+
+    Args:
+        masks: CSV of lesion masks (see `memmc.pipeline.images.read_masks`); adds the pixel AUROC.
+
+    Raises:
+        DataError: no normal or no abnormal image of an unseen patient.
+        ModelError: no such model.
+    """
+    progress = progress or Silent()
+    lake = Lake(config.lake.uri)
+    opened = open_model(config, home_directory(), model)
+    return as_result(assess(config, lake, opened, cohort, masks, progress), opened, cohort)
+
+
+def as_result(assessment: Assessment, model: OpenModel, cohort: str) -> EvaluationResult:
+    """Return the figures of an assessment."""
+    measured = assessment.evaluation
+    return EvaluationResult(
+        auroc=measured.auroc,
+        auroc_low=measured.auroc_interval.low,
+        auroc_high=measured.auroc_interval.high,
+        average_precision=measured.average_precision,
+        controls={control.name: control.auroc for control in assessment.controls},
+        num_normal=measured.num_normal,
+        num_abnormal=measured.num_abnormal,
+        model=model.ref,
+        cohort=cohort,
+        calibration_id=assessment.calibration["calibration_id"],
+        scorer=assessment.calibration["scorer"],
+        average_precision_low=measured.average_precision_interval.low,
+        average_precision_high=measured.average_precision_interval.high,
+        false_positive_rate=measured.false_positive_rate,
+        false_positive_rate_low=measured.false_positive_rate_interval.low,
+        false_positive_rate_high=measured.false_positive_rate_interval.high,
+        chosen_false_positive_rate=assessment.calibration["false_positive_rate"],
+        sensitivity=measured.sensitivity,
+        pixel_auroc=assessment.localisation.pixel_auroc if assessment.localisation else None,
+    )

@@ -1,0 +1,47 @@
+"""The identity key: who may turn pseudonyms back into paths. It is never in the lake."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from memmc.config import Config
+from memmc.dicom.deidentify import load_key
+from memmc.pipeline.progress import Progress, Silent
+
+_THROW_AWAY = "deid.key"
+
+
+def home_directory() -> Path:
+    """Return the working directory's `.memmc`: all state of the embedded mode but the lake."""
+    return Path.cwd() / ".memmc"
+
+
+def identity_key(config: Config, home: Path, progress: Progress | None = None) -> bytes:
+    """Return the identity key; make a throw-away one when the configuration names none.
+
+    Raises:
+        IdentityKeyError: the named file cannot be read or is too short.
+    """
+    if config.deid.key_file is not None:
+        return load_key(config.deid.key_file)
+    path = home / _THROW_AWAY
+    if not path.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+        (progress or Silent()).message(
+            f"No deid.key_file given: made a throw-away identity key, {path.relative_to(Path.cwd())}. "
+            "Keep it: this lake's pseudonyms cannot be continued without it."
+        )
+    return load_key(str(path))
+
+
+def held_key(config: Config, home: Path) -> bytes | None:
+    """Return the identity key if the caller holds one; never make one."""
+    if config.deid.key_file is not None:
+        return load_key(config.deid.key_file)
+    path = home / _THROW_AWAY
+    return load_key(str(path)) if path.exists() else None

@@ -1,0 +1,83 @@
+"""Open a registered model: its folder on this machine and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memmc.config import Config
+from memmc.errors import ModelError, PreprocessMismatch
+from memmc.model.artifact import model_digest
+from memmc.registry.models import download, resolve
+from memmc.registry.tracking import Tracking, open_tracking
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model at hand.
+
+    Attributes:
+        ref: "name/version".
+        digest: 16 hex digits over weights and description.
+        folder: holds model.safetensors and model.json.
+        info: the content of model.json.
+    """
+
+    ref: str
+    digest: str
+    folder: Path
+    info: dict[str, Any]
+
+    @property
+    def cohort(self) -> str:
+        """The cohort it was trained on."""
+        return str(self.info["cohort"])
+
+    @property
+    def dataset_version(self) -> int:
+        """The version of `instances` it was trained on."""
+        return int(self.info["dataset_version"])
+
+    @property
+    def preprocess_id(self) -> str:
+        """How the pixels it knows were prepared."""
+        return str(self.info["preprocess_id"])
+
+    def require(self, preprocess_ids: set[str]) -> None:
+        """Refuse pixels prepared in another way.
+
+        Raises:
+            PreprocessMismatch: naming both ids.
+        """
+        others = preprocess_ids - {self.preprocess_id}
+        if others:
+            raise PreprocessMismatch(
+                f"model {self.ref} knows pixels prepared as {self.preprocess_id}, the cohort holds {sorted(others)}; "
+                "ingest with the data.* settings of the model, or train on this cohort"
+            )
+
+
+def tracking_of(config: Config, home: Path) -> Tracking:
+    """Return the tracking store the configuration names."""
+    return open_tracking(config.tracking, home)
+
+
+def open_model(config: Config, home: Path, reference: str | None) -> OpenModel:
+    """Resolve, fetch and check a model.
+
+    Args:
+        reference: name, name/version, name@alias, models:/ URI, a model folder, or None for the champion.
+
+    Raises:
+        ModelError: there is none, or its description is unreadable.
+    """
+    tracking = tracking_of(config, home)
+    version = resolve(tracking, reference)
+    folder = download(tracking, version)
+    try:
+        info = json.loads((folder / "model.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        raise ModelError(f"model {version.ref}: model.json is missing or unreadable; train or register it again") from None
+    return OpenModel(ref=version.ref, digest=model_digest(folder), folder=folder, info=info)

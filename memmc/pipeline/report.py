@@ -1,0 +1,214 @@
+"""Report: everything a reader wants of one model and one cohort, on one page."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from memmc.config import Config
+from memmc.errors import DataError
+from memmc.evaluation.report import write_report
+from memmc.evaluation.report_data import (
+    CalibrationFacts,
+    Case,
+    GroupResult,
+    IngestCount,
+    MemoryHealth,
+    MemoryLayer,
+    Provenance,
+    ReportData,
+    TrainingCurve,
+    select_cases,
+)
+from memmc.lake.tables import Lake
+from memmc.pipeline.assess import Assessment, assess, read_maps
+from memmc.pipeline.evaluate import as_result
+from memmc.pipeline.identity import home_directory
+from memmc.pipeline.images import read_images
+from memmc.pipeline.models import OpenModel, open_model, tracking_of
+from memmc.pipeline.progress import Progress, Silent
+from memmc.pipeline.results import EvaluationResult, ReportResult
+from memmc.pipeline.select import newest_calibration, score_rows
+
+_GALLERIES = ("most_abnormal", "calmest_normals", "typical_normals", "missed_abnormals", "flagged_normals")
+_GROUPINGS = {"manufacturer": "manufacturer", "view_position": "view position", "patient_sex": "sex"}
+
+
+def report(
+    config: Config,
+    cohort: str,
+    model: str | None = None,
+    *,
+    out: str | None = None,
+    masks: Path | None = None,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Write the report of a model on a cohort; figures of quality only where there are labels.
+
+    Args:
+        out: the HTML file; `reports/<cohort>-<model>.html` in the lake when absent.
+
+    Raises:
+        DataError: the cohort has neither scores nor labelled images.
+    """
+    return report_and_evaluation(config, cohort, model, out=out, masks=masks, progress=progress)[0]
+
+
+def report_and_evaluation(
+    config: Config,
+    cohort: str,
+    model: str | None = None,
+    *,
+    out: str | None = None,
+    masks: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[ReportResult, EvaluationResult | None]:
+    """Write the report, and return the evaluation it stands on; None where nothing is labelled."""
+    progress = progress or Silent()
+    lake = Lake(config.lake.uri)
+    opened = open_model(config, home_directory(), model)
+    try:
+        assessment = assess(config, lake, opened, cohort, masks, progress)
+    except DataError:
+        assessment = None
+    data = _gather(config, lake, opened, cohort, assessment)
+    progress.stage("report")
+    name = f"reports/{cohort}-{opened.ref.replace('/', '-v')}.html"
+    page = write_report(data)
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(page, encoding="utf-8")
+    else:
+        lake.storage.write(name, page.encode())
+    where = out or lake.storage.join(name)
+    evaluation = as_result(assessment, opened, cohort) if assessment else None
+    return ReportResult(report=where, model=opened.ref, cohort=cohort), evaluation
+
+
+def _gather(config: Config, lake: Lake, model: OpenModel, cohort: str, assessment: Assessment | None) -> ReportData:
+    calibration = newest_calibration(lake, model)
+    scores = score_rows(lake, cohort, model, calibration["calibration_id"])
+    if not scores:
+        raise DataError(f"cohort '{cohort}' has no scores of {model.ref}; run `memmc score --cohort {cohort}`")
+    rows = assessment.rows if assessment else [{**row, "label": "unknown"} for row in scores.values()]
+    return ReportData(
+        title=f"Anomaly report: cohort {cohort}",
+        cohort=cohort,
+        created_at=datetime.now(UTC),
+        provenance=_provenance(config, lake, model),
+        calibration=CalibrationFacts(
+            calibration_id=calibration["calibration_id"],
+            scorer=calibration["scorer"],
+            false_positive_rate=calibration["false_positive_rate"],
+            threshold=calibration["threshold"],
+            num_normals=calibration["num_normals"],
+            map_scale=calibration["map_scale"],
+        ),
+        scores=_array([row["anomaly_score"] for row in scores.values()]),
+        num_flagged=sum(row["is_abnormal"] for row in scores.values()),
+        num_patients=len({row["patient_key"] for row in scores.values()}),
+        evaluation=assessment.evaluation if assessment else None,
+        controls=assessment.controls if assessment else (),
+        localisation=assessment.localisation if assessment else None,
+        groups=_groups(assessment) if assessment else (),
+        **_galleries(lake, model, cohort, calibration["calibration_id"], rows, assessment),
+        ingest=_account(lake, cohort),
+        memory=_memory(model),
+        training=_curve(config, model),
+    )
+
+
+def _galleries(
+    lake: Lake, model: OpenModel, cohort: str, calibration_id: str, rows: list[dict[str, Any]], assessment: Assessment | None
+) -> dict[str, tuple[Case, ...]]:
+    chosen = select_cases(
+        [row["label"] for row in rows], [row["anomaly_score"] for row in rows], [row["is_abnormal"] for row in rows]
+    )
+    numbers = sorted({number for gallery in _GALLERIES for number in getattr(chosen, gallery)})
+    uids = [rows[number]["sop_instance_uid"] for number in numbers]
+    if not uids:
+        return {}
+    images = read_images(lake, cohort, uids)
+    maps = read_maps(lake, cohort, model, calibration_id, uids)
+    masks = assessment.masks if assessment else {}
+    cases = {
+        number: Case(
+            case_id=rows[number]["sop_instance_uid"],
+            image=image.mean(axis=-1),
+            anomaly_map=anomaly_map,
+            anomaly_score=rows[number]["anomaly_score"],
+            p_value=rows[number]["p_value"],
+            is_abnormal=rows[number]["is_abnormal"],
+            label=rows[number]["label"],
+            mask=masks.get(rows[number]["sop_instance_uid"]),
+            score_spread=rows[number]["score_spread"],
+        )
+        for number, image, anomaly_map in zip(numbers, images, maps, strict=True)
+    }
+    return {gallery: tuple(cases[number] for number in getattr(chosen, gallery)) for gallery in _GALLERIES}
+
+
+def _groups(assessment: Assessment) -> tuple[GroupResult, ...]:
+    """Sensitivity and false-positive rate per scanner, view and sex, where there are at least two of them."""
+    groups: list[GroupResult] = []
+    for column, title in _GROUPINGS.items():
+        values = sorted({str(row[column] or "not stated") for row in assessment.rows})
+        if len(values) < 2:
+            continue
+        for value in values:
+            mine = [row for row in assessment.rows if str(row[column] or "not stated") == value]
+            normal = [row["is_abnormal"] for row in mine if row["label"] == "normal"]
+            abnormal = [row["is_abnormal"] for row in mine if row["label"] == "abnormal"]
+            groups.append(
+                GroupResult(
+                    grouping=title,
+                    group=value,
+                    num_normal=len(normal),
+                    num_abnormal=len(abnormal),
+                    sensitivity=sum(abnormal) / len(abnormal) if abnormal else None,
+                    false_positive_rate=sum(normal) / len(normal) if normal else None,
+                )
+            )
+    return tuple(groups)
+
+
+def _account(lake: Lake, cohort: str) -> tuple[IngestCount, ...]:
+    table = lake.read("instances", ["outcome", "reason"], filter={"cohort": cohort})
+    counts = Counter(zip(table["outcome"].to_pylist(), table["reason"].to_pylist(), strict=True))
+    return tuple(IngestCount(outcome, reason, count) for (outcome, reason), count in sorted(counts.items(), key=str))
+
+
+def _provenance(config: Config, lake: Lake, model: OpenModel) -> Provenance:
+    info = model.info
+    return Provenance(
+        model=model.ref,
+        model_digest=model.digest,
+        dataset_version=model.dataset_version,
+        preprocess_id=model.preprocess_id,
+        config_id=str(info["config_id"]),
+        seeds={"train": int(info["seed"]), "evaluate": config.evaluate.seed},
+        durations_s={"train": float(info.get("train_seconds", 0.0))},
+        versions=dict(info.get("versions", {})),
+        config_text=json.dumps(config.model_dump(mode="json", exclude={"lake", "deid", "tracking"}), indent=2),
+    )
+
+
+def _memory(model: OpenModel) -> MemoryHealth | None:
+    layers = model.info.get("memory_health")
+    if not layers:
+        return None
+    return MemoryHealth(layers=tuple(MemoryLayer(**layer) for layer in layers))
+
+
+def _curve(config: Config, model: OpenModel) -> TrainingCurve | None:
+    history = tracking_of(config, home_directory()).metric_history(model.info.get("run_id"), "loss")
+    return TrainingCurve(steps=[step for step, _ in history], losses=[loss for _, loss in history]) if history else None
+
+
+def _array(values: list[float]) -> Any:
+    import numpy as np
+
+    return np.array(values, dtype=np.float64)

@@ -1,0 +1,128 @@
+"""Which instances a step works on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memmc.config import Config
+from memmc.errors import DataError
+from memmc.lake.tables import Lake
+from memmc.pipeline.identity import home_directory
+from memmc.pipeline.models import OpenModel, open_model
+
+_MET_SPLITS = ("train", "calibrate")
+
+
+def normals(lake: Lake, cohort: str, split: str, version: int | None = None) -> list[dict[str, Any]]:
+    """Return the stored normal instances of a cohort's split, without pixels.
+
+    Raises:
+        DataError: there is none; the message says what there is.
+    """
+    columns = ["object_key", "sop_instance_uid", "patient_key", "preprocess_id", "height", "width", "channels", "bits"]
+    columns += ["pixel_mean", "pixel_std", "label"]
+    stored = lake.instances_with_labels(columns, version, {"cohort": cohort, "outcome": "stored", "split": split})
+    rows = [row for row in stored.to_pylist() if row["label"] == "normal"]
+    if not rows:
+        raise DataError(
+            f"cohort '{cohort}' has no normal images in its {split} share ({stored.num_rows} of any label); "
+            "ingest with --label normal or --labels FILE.csv"
+        )
+    return rows
+
+
+def one_preparation(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the shape, bits and `preprocess_id` all rows share.
+
+    Raises:
+        DataError: they do not share them.
+    """
+    names = ("preprocess_id", "height", "width", "channels", "bits")
+    kinds = {tuple(row[name] for name in names) for row in rows}
+    if len(kinds) > 1:
+        raise DataError(
+            f"the cohort holds images prepared in {len(kinds)} ways ({sorted({str(kind[0]) for kind in kinds})}); "
+            "ingest them again into one cohort with the same data.* settings"
+        )
+    return dict(zip(names, kinds.pop(), strict=True))
+
+
+def met_patients(lake: Lake, model: OpenModel) -> set[str]:
+    """Return the patients a model was trained or calibrated on."""
+    met = _normal_patients(lake, model.cohort, model.dataset_version, _MET_SPLITS)
+    for row in calibrations(lake, model):
+        met |= _normal_patients(lake, row["cohort"], row["dataset_version"], ("calibrate",))
+    return met
+
+
+def unmet(lake: Lake, model: OpenModel, cohort: str) -> list[dict[str, Any]]:
+    """Return the labelled instances of a cohort whose patient the model never met.
+
+    Raises:
+        DataError: one of the two classes is missing; nothing can be measured.
+    """
+    columns = ["object_key", "sop_instance_uid", "patient_key", "label", "manufacturer", "view_position", "patient_sex"]
+    columns += ["preprocess_id", "height", "width", "channels", "bits"]
+    stored = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored"}).to_pylist()
+    met = met_patients(lake, model)
+    rows = [row for row in stored if row["label"] != "unknown" and row["patient_key"] not in met]
+    found = {label: sum(row["label"] == label for row in rows) for label in ("normal", "abnormal")}
+    if not all(found.values()):
+        raise DataError(
+            f"cohort '{cohort}' has {found['normal']} normal and {found['abnormal']} abnormal images of patients that "
+            f"{model.ref} has not met; both are needed: ingest labelled scans of other patients"
+        )
+    return rows
+
+
+def calibrations(lake: Lake, model: OpenModel) -> list[dict[str, Any]]:
+    """Return the calibrations of a model, oldest first, with their scorer's state."""
+    if not lake.exists("calibrations"):
+        return []
+    columns = ["calibration_id", "cohort", "dataset_version", "preprocess_id", "scorer", "false_positive_rate"]
+    columns += ["threshold", "num_normals", "normal_scores", "map_scale", "scorer_state", "created_at"]
+    table = lake.read("calibrations", columns, filter={"model_digest": model.digest})
+    return sorted(table.to_pylist(), key=lambda row: row["created_at"])
+
+
+def newest_calibration(lake: Lake, model: OpenModel) -> dict[str, Any]:
+    """Return the calibration scores are judged by.
+
+    Raises:
+        DataError: the model has none.
+    """
+    found = calibrations(lake, model)
+    if not found:
+        raise DataError(f"model {model.ref} is not calibrated; run `memmc calibrate --model {model.ref}`")
+    return found[-1]
+
+
+def score_rows(
+    lake: Lake, cohort: str, model: OpenModel, calibration_id: str | None, columns: tuple[str, ...] = ()
+) -> dict[str, dict[str, Any]]:
+    """Return the newest score row of each instance, by SOP Instance UID."""
+    if not lake.exists("scores"):
+        return {}
+    names = ["sop_instance_uid", "patient_key", "anomaly_score", "p_value", "is_abnormal", "score_spread", "model"]
+    names += ["dataset_version", "preprocess_id", "calibration_id", "scored_at", *columns]
+    where: dict[str, Any] = {"cohort": cohort, "model_digest": model.digest}
+    if calibration_id is not None:
+        where["calibration_id"] = calibration_id
+    rows = sorted(lake.read("scores", names, filter=where).to_pylist(), key=lambda row: row["scored_at"])
+    return {row["sop_instance_uid"]: row for row in rows}
+
+
+def scored_instances(config: Config, lake: Lake, cohort: str, reference: str | None) -> list[dict[str, Any]]:
+    """Return a cohort's score rows joined to label, split and sealed source path."""
+    model = open_model(config, home_directory(), reference)
+    scores = score_rows(lake, cohort, model, None)
+    columns = ["sop_instance_uid", "label", "split", "source_ref"]
+    instances = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored"}).to_pylist()
+    return [{**row, **scores[row["sop_instance_uid"]]} for row in instances if row["sop_instance_uid"] in scores]
+
+
+def _normal_patients(lake: Lake, cohort: str, version: int, splits: tuple[str, ...]) -> set[str]:
+    rows = lake.instances_with_labels(
+        ["patient_key"], version, {"cohort": cohort, "outcome": "stored", "split": splits, "label": "normal"}
+    )
+    return set(rows["patient_key"].to_pylist())

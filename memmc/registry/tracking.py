@@ -1,0 +1,235 @@
+"""Runs, parameters and metrics in MLflow: an SQLite file beside the work, or a server.
+
+MLflow is imported when a connection is opened, never before: it costs seconds
+and reads its settings from the environment at import.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from memmc.config import TrackingConfig
+from memmc.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+T = TypeVar("T")
+
+# Set only where the user has not: no telemetry, and a server that is down costs seconds to a minute and a half instead
+# of the four to sixteen minutes that MLflow's own seven retries take.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+}
+# For what is written while training runs: one try.
+_IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
+_PAUSE_S = 60.0
+_VALUES_PER_CALL = 900  # MLflow takes at most 1000 metrics in one call
+_PARAMS_PER_CALL = 100
+_PARAM_LENGTH = 6000
+_TAG_LENGTH = 8000
+
+
+def open_tracking(config: TrackingConfig, home: Path) -> Tracking:
+    """Open the tracking store; one SQLite file and a folder under `home` when the configuration names none.
+
+    Args:
+        home: the working directory's `.memmc`; made when absent.
+
+    Raises:
+        ConfigError: `tracking.uri` is neither a database nor an HTTP(S) server.
+        StorageError: the store cannot be reached or opened.
+    """
+    home = home.absolute()
+    uri = config.uri or f"sqlite:///{home / 'mlflow.db'}"
+    scheme = re.split(r"[:+]", uri, maxsplit=1)[0]
+    if scheme not in _SCHEMES:
+        raise ConfigError(f"tracking.uri begins with '{scheme}:'; expected one of {', '.join(_SCHEMES)}")
+    home.mkdir(parents=True, exist_ok=True)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return Tracking(uri, home)
+
+
+class Tracking:
+    """One tracking store. Calls made during training never raise: a lost value is counted in `lost` and warned of once.
+
+    Attributes:
+        uri: of the store.
+        home: folder of the embedded state; downloaded models are kept under it.
+        lost: metric values and artifacts that could not be written.
+    """
+
+    def __init__(self, uri: str, home: Path) -> None:
+        import mlflow
+
+        self.uri = uri
+        self.home = home
+        self.lost = 0
+        self._paused_until = 0.0
+        # MLflow's SQL registry looks logged models up through the process-wide URI, whatever a client was given.
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        with self.reaching("opened"):
+            self._client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+            self._client.search_experiments(max_results=1)
+
+    @property
+    def client(self) -> MlflowClient:
+        """The MLflow client, with this store as the process-wide one."""
+        import mlflow
+
+        if mlflow.get_tracking_uri() != self.uri:
+            mlflow.set_tracking_uri(self.uri)
+            mlflow.set_registry_uri(self.uri)
+        return self._client
+
+    @property
+    def place(self) -> str:
+        """The URI without credentials, fit for a message."""
+        return re.sub(r"//[^/@]*@", "//", self.uri)
+
+    def start_run(
+        self,
+        experiment: str,
+        run_name: str,
+        tags: Mapping[str, str] | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Begin a run; return its id.
+
+        Args:
+            experiment: `memmc/<cohort>`; made when absent.
+            params: flat names; values are written as text.
+
+        Raises:
+            StorageError: the store cannot be reached.
+        """
+        from mlflow.entities import Param
+
+        with self.reaching("written"):
+            run = self.client.create_run(
+                self._experiment_id(experiment),
+                tags={name: value[:_TAG_LENGTH] for name, value in (tags or {}).items()},
+                run_name=run_name,
+            )
+            written = [Param(name, str(value)[:_PARAM_LENGTH]) for name, value in (params or {}).items()]
+            for part in _batched(written, _PARAMS_PER_CALL):
+                self.client.log_batch(run.info.run_id, params=part)
+        return run.info.run_id
+
+    def log_metrics(self, run_id: str, points: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """Write `(step, {name: value})` points in as few calls as MLflow allows.
+
+        After a failure nothing is tried for 60 s, so that an absent server cannot hold up training.
+        """
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        values = [Metric(name, float(value), now_ms, step) for step, point in points for name, value in point.items()]
+        for part in _batched(values, _VALUES_PER_CALL):
+            self._attempt(len(part), lambda part=part: self.client.log_batch(run_id, metrics=part), _IMPATIENT)
+
+    def log_artifact(self, run_id: str, file: Path, folder: str | None = None) -> None:
+        """Attach one file to a run."""
+        self._attempt(1, lambda: self.client.log_artifact(run_id, str(file), folder))
+
+    def log_artifacts(self, run_id: str, files: Path, folder: str | None = None) -> None:
+        """Attach everything in the folder `files` to a run."""
+        self._attempt(1, lambda: self.client.log_artifacts(run_id, str(files), folder))
+
+    def end_run(self, run_id: str, status: RunStatus = "FINISHED") -> None:
+        """Close a run; tried even after earlier failures."""
+        self._paused_until = 0.0
+        self._attempt(1, lambda: self.client.set_terminated(run_id, status))
+
+    @contextmanager
+    def reaching(self, purpose: str) -> Generator[None]:
+        """Turn MLflow's and the database's failures into StorageError.
+
+        Raises:
+            StorageError: with the store's place, the kind of failure and what to check.
+        """
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
+            kind = getattr(error, "error_code", None) or type(error).__name__
+            raise StorageError(
+                f"the tracking store {self.place} could not be {purpose} ({kind}); "
+                "check tracking.uri and that its server runs"
+            ) from error
+
+    def _attempt(self, count: int, write: Callable[[], object], settings: Mapping[str, str] | None = None) -> None:
+        if time.monotonic() < self._paused_until:
+            self.lost += count
+            return
+        try:
+            with _environment(settings or {}), self.reaching("written"):
+                write()
+        except StorageError as error:
+            self._paused_until = time.monotonic() + _PAUSE_S
+            if not self.lost:
+                logger.warning("%s; training goes on, values are lost until it answers", error)
+            self.lost += count
+
+    def _experiment_id(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        remote = self.uri.startswith("http")
+        try:
+            return self.client.create_experiment(
+                name, artifact_location=None if remote else (self.home / "mlartifacts").as_uri()
+            )
+        except MlflowException:
+            # Another process may have made it meanwhile.
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return found.experiment_id
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Generator[None]:
+    """Set variables that MLflow reads at each request, for a while."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _batched(values: list[T], size: int) -> Iterator[list[T]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

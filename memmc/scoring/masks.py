@@ -1,0 +1,165 @@
+"""Deterministic complementary masks, and the reconstruction they give.
+
+Tensors carry their shape in their name: B images, P passes per image, R rounds,
+G groups (passes of one round), L patches, K visible patches, D pixels of a
+patch, C channels, H and W pixels.
+
+A round shows every patch at least once and hides every patch at least once, so
+that each patch is predicted from others and none is judged on the prediction of
+a pass in which the model could see it: those predictions are not trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memmc.errors import UsageError
+
+
+class MaskedAutoencoder(Protocol):
+    """What scoring needs of a model."""
+
+    @property
+    def num_patches(self) -> int: ...  # noqa: D102
+
+    @property
+    def num_keep(self) -> int: ...  # noqa: D102
+
+    def patchify(self, images_BCHW: Tensor, /) -> Tensor: ...  # noqa: D102
+
+    def unpatchify(self, patches_BLD: Tensor, /) -> Tensor: ...  # noqa: D102
+
+    def __call__(self, images_BCHW: Tensor, ids_keep: Tensor, /) -> Any:
+        """Return an object whose `pred_BLP` holds the predicted patches (B, L, D)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the passes predicted where they could not see.
+
+    Attributes:
+        mean_BCHW: mean over the passes that hid the patch, in the unit of the model's input.
+        variance_BCHW: unbiased variance over those passes (0 where there was one), unit squared.
+        count_BL: number of those passes per patch, at least 1.
+    """
+
+    mean_BCHW: Tensor
+    variance_BCHW: Tensor
+    count_BL: Tensor
+
+    def rescale(self, mean: float | Tensor, std: float | Tensor) -> Reconstruction:
+        """Undo the standardisation ``(x - mean) / std``; tensors must broadcast over (B, C, H, W)."""
+        return Reconstruction(self.mean_BCHW * std + mean, self.variance_BCHW * std**2, self.count_BL)
+
+
+def num_groups(num_patches: int, num_keep: int) -> int:
+    """Return the passes of one round: the least that show and hide every patch.
+
+    Raises:
+        UsageError: `num_keep` is not in 1 .. num_patches - 1.
+    """
+    if not 0 < num_keep < num_patches:
+        raise UsageError(f"{num_keep} visible patches of {num_patches}: expected 1 to {num_patches - 1}")
+    return max(-(-num_patches // num_keep), -(-num_patches // (num_patches - num_keep)))
+
+
+def num_rounds(passes: int, num_patches: int, num_keep: int) -> int:
+    """Return the whole rounds that make at least `passes` passes."""
+    return max(1, -(-passes // num_groups(num_patches, num_keep)))
+
+
+def round_seed(model_digest: str, sop_instance_uid: str, round_index: int) -> bytes:
+    """Return 32 bytes that depend on the model, the image and the round, and on nothing else.
+
+    An image is therefore masked the same way in whatever batch, order or worker it is scored.
+    """
+    return hashlib.sha256(f"{model_digest}\0{sop_instance_uid}\0{round_index}".encode()).digest()
+
+
+def complementary_groups(num_patches: int, num_keep: int, seeds: Sequence[bytes]) -> Tensor:
+    """Return the visible patches of each pass, one round per seed: (R * G, K), int64.
+
+    The patches are permuted and laid on a ring; pass g shows the K patches that
+    start at place floor(g L / G). Where K divides L this is a partition: each patch
+    is visible once and hidden G - 1 times a round. Elsewhere the windows overlap, so
+    that K stays constant, each patch is still visible at least once and hidden at
+    least once, and the counts of any two patches differ by few passes.
+
+    The permutation is the stable order of SHAKE-256 output, not of a library's
+    random generator, so that it cannot change with a version.
+
+    Raises:
+        UsageError: no round exists for these sizes.
+    """
+    groups = num_groups(num_patches, num_keep)
+    starts_G = np.arange(groups) * num_patches // groups
+    places_GK = (starts_G[:, None] + np.arange(num_keep)) % num_patches
+    rounds: list[np.ndarray] = []
+    for seed in seeds:
+        keys_L = np.frombuffer(hashlib.shake_256(seed).digest(8 * num_patches), dtype="<u8")
+        rounds.append(np.sort(np.argsort(keys_L, kind="stable")[places_GK], axis=1))
+    return torch.from_numpy(np.concatenate(rounds).astype(np.int64))
+
+
+def mask_ids(
+    model_digest: str, sop_instance_uids: Sequence[str], num_patches: int, num_keep: int, passes: int
+) -> Tensor:
+    """Return the visible patches of a batch: (B, P, K), int64; P is `passes` rounded up to whole rounds."""
+    rounds = num_rounds(passes, num_patches, num_keep)
+    return torch.stack(
+        [
+            complementary_groups(num_patches, num_keep, [round_seed(model_digest, uid, r) for r in range(rounds)])
+            for uid in sop_instance_uids
+        ]
+    )
+
+
+@torch.inference_mode()
+def reconstruct(
+    model: MaskedAutoencoder, images_BCHW: Tensor, ids_keep_BPK: Tensor, *, max_batch: int = 128
+) -> Reconstruction:
+    """Return mean and variance, per pixel, of the predictions made where the patch was hidden.
+
+    Predictions of visible patches are discarded whatever they hold, not-a-number included.
+
+    Args:
+        model: in evaluation mode.
+        images_BCHW: standardised as in training.
+        ids_keep_BPK: visible patches of each pass, on any device.
+        max_batch: most images in one forward pass; passes are joined up to it.
+
+    Raises:
+        UsageError: a patch is visible in every pass, so nothing was predicted for it.
+    """
+    batch, passes, _ = ids_keep_BPK.shape
+    ids_keep_BPK = ids_keep_BPK.to(images_BCHW.device)
+    hidden_BPL = torch.ones(batch, passes, model.num_patches, dtype=torch.bool, device=images_BCHW.device)
+    hidden_BPL.scatter_(2, ids_keep_BPK, False)
+    count_BL = hidden_BPL.sum(1)
+    if not bool((count_BL > 0).all()):
+        raise UsageError("a patch is visible in every pass; take the passes from `complementary_groups`")
+    mean_BLD = torch.zeros_like(model.patchify(images_BCHW), dtype=torch.float32)
+    square_BLD = torch.zeros_like(mean_BLD)
+    seen_BL1 = torch.zeros(batch, model.num_patches, 1, device=images_BCHW.device)
+    together = max(1, max_batch // batch)
+    for first in range(0, passes, together):
+        ids_BQK = ids_keep_BPK[:, first : first + together]
+        width = ids_BQK.shape[1]
+        output = model(images_BCHW.repeat_interleave(width, 0), ids_BQK.flatten(0, 1))
+        pred_BQLD = cast(Tensor, output.pred_BLP).float().unflatten(0, (batch, width))
+        for q in range(width):  # Welford's update, only where the patch was hidden
+            hidden_BL1 = hidden_BPL[:, first + q, :, None]
+            seen_BL1 += hidden_BL1
+            step_BLD = torch.where(hidden_BL1, pred_BQLD[:, q] - mean_BLD, 0.0)
+            mean_BLD += step_BLD / seen_BL1.clamp(min=1)
+            square_BLD += torch.where(hidden_BL1, step_BLD * (pred_BQLD[:, q] - mean_BLD), 0.0)
+    variance_BLD = square_BLD / (count_BL[..., None] - 1).clamp(min=1)
+    return Reconstruction(model.unpatchify(mean_BLD), model.unpatchify(variance_BLD), count_BL)

@@ -1,0 +1,199 @@
+"""Residual statistics: is this error unusual for this place and this scale?
+
+A masked autoencoder errs most where a healthy image has most detail, and least
+on the haze that hides it: the plain error is *lower* on smooth pathology than on
+healthy lungs. So the error is not summed but described, per cell of a coarse
+grid and per band of scales, and the description is judged against held-out
+normals by a low-rank Gaussian. The distance is two-sided: too little residual is
+as unusual as too much [choice].
+
+Shape legend: B or N images, C channels, H and W pixels, F features, M map
+channels, Q components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memmc.errors import DataError
+from memmc.scoring.masks import Reconstruction
+from memmc.scoring.similarity import gaussian_blur
+
+Floats = NDArray[np.floating]
+
+NUM_BANDS = 4
+FINEST_SIGMA_SHARE = 0.011  # of the side: 0.7 px at 64 px; doubled from band to band
+ENERGY_FLOOR = 1e-6  # squared grey values in [0, 1]: one thousandth of the range
+MAP_SIDE = 64  # longer side at which maps of normals are kept, px
+MAP_SIGMA_SHARES = (0.02, 0.04, 0.08)  # of the side
+MIN_FIT = 8
+Z_CLIP = 8.0
+
+
+def split_bands(images_BCHW: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return differences of Gaussians, finest first, and the smooth rest; they sum to the image.
+
+    Widths are shares of the shorter side and double from band to band.
+    """
+    sigma_px = FINEST_SIGMA_SHARE * min(images_BCHW.shape[-2:])
+    bands: list[Tensor] = []
+    smoother = images_BCHW
+    for band in range(NUM_BANDS):
+        smooth = gaussian_blur(images_BCHW, sigma_px * 2**band)
+        bands.append(smoother - smooth)
+        smoother = smooth
+    return bands, smoother
+
+
+def residual_features(images_BCHW: Tensor, reconstruction: Reconstruction, grid: int) -> Floats:
+    """Return (B, F) float32 features of images in [0, 1] and their reconstruction in the same unit.
+
+    Per cell of a `grid` x `grid` raster: the signed mean residual, and per band the log energy of the residual
+    relative to the image's own energy there (the share the model could not predict from elsewhere) and the log
+    ratio of the image's energy to the reconstruction's (detail there is beside detail that was expected).
+    """
+    residual_BCHW = images_BCHW - reconstruction.mean_BCHW
+    parts = [_cells(residual_BCHW, grid)]
+    bands = zip(*(split_bands(x)[0] for x in (residual_BCHW, images_BCHW, reconstruction.mean_BCHW)), strict=True)
+    for residual, image, expected in bands:
+        log_residual, log_image, log_expected = (_log_energy(x, grid) for x in (residual, image, expected))
+        parts += [log_residual - log_image, log_image - log_expected]
+    return torch.cat(parts, dim=1).cpu().numpy().astype(np.float32)
+
+
+def residual_maps(images_BCHW: Tensor, reconstruction: Reconstruction) -> NDArray[np.float16]:
+    """Return (B, M, h, w): signed and absolute residual smoothed at each width, longer side at most `MAP_SIDE` px."""
+    residual_BCHW = (images_BCHW - reconstruction.mean_BCHW).mean(1, keepdim=True)
+    side = min(images_BCHW.shape[-2:])
+    maps = [gaussian_blur(x, share * side) for share in MAP_SIGMA_SHARES for x in (residual_BCHW, residual_BCHW.abs())]
+    return shrink_maps(torch.cat(maps, dim=1))
+
+
+def shrink_maps(maps_BMHW: Tensor) -> NDArray[np.float16]:
+    """Return the maps area-averaged to a longer side of at most `MAP_SIDE` px, as float16."""
+    longer = max(maps_BMHW.shape[-2:])
+    if longer > MAP_SIDE:
+        size = [max(1, round(n * MAP_SIDE / longer)) for n in maps_BMHW.shape[-2:]]
+        maps_BMHW = F.interpolate(maps_BMHW, size=size, mode="area")
+    return maps_BMHW.cpu().numpy().astype(np.float16)
+
+
+@dataclass(frozen=True)
+class ResidualStatistics:
+    """A low-rank Gaussian of feature vectors: probabilistic PCA of standardised features.
+
+    ``d(x)^2 = (sum_q (u_q . z)^2 / lambda_q + |z - U U^T z|^2 / sigma^2) / F``, with z the standardised features, U the
+    leading eigenvectors and sigma^2 the mean of the other eigenvalues: the Mahalanobis distance under the model of
+    Tipping and Bishop. It needs no full-rank covariance, so fewer images than features are enough.
+
+    Source: Tipping and Bishop, Probabilistic Principal Component Analysis, JRSS B 1999; its use here is [choice].
+
+    Attributes:
+        mean_F, std_F: of the normals' features.
+        basis_QF: orthonormal rows.
+        variance_Q: along the rows, shrunk towards the mean eigenvalue.
+        noise_variance: of every direction outside them.
+    """
+
+    mean_F: Floats
+    std_F: Floats
+    basis_QF: Floats
+    variance_Q: Floats
+    noise_variance: float
+
+    @classmethod
+    def fit(cls, features_NF: Floats, components: int) -> ResidualStatistics:
+        """Fit on normals; at most N / 4 components are kept, and a constant feature is left out of the distance.
+
+        Raises:
+            DataError: fewer than 8 images, or a feature is not finite.
+        """
+        features_NF = features_NF.astype(np.float64)
+        count, width = features_NF.shape
+        if count < MIN_FIT:
+            raise DataError(f"{count} normal images to fit residual statistics; expected at least {MIN_FIT}")
+        if not np.isfinite(features_NF).all():
+            raise DataError(f"{int((~np.isfinite(features_NF)).sum())} residual features are not finite")
+        mean_F, std_F = features_NF.mean(0), features_NF.std(0, ddof=1)
+        std_F = np.where(std_F > 1e-6, std_F, np.inf)
+        _, singular, basis = np.linalg.svd(_standardise(features_NF, mean_F, std_F), full_matrices=False)
+        eigenvalues = singular**2 / (count - 1)
+        kept = max(1, min(components, count // 4, width - 1))
+        mean_eigenvalue = max(eigenvalues.sum() / width, 1e-12)
+        noise = max((eigenvalues.sum() - eigenvalues[:kept].sum()) / max(width - kept, 1), 1e-3 * mean_eigenvalue)
+        shrinkage = kept / (kept + count)
+        variance_Q = (1 - shrinkage) * eigenvalues[:kept] + shrinkage * mean_eigenvalue
+        return cls(mean_F, std_F, basis[:kept], variance_Q, float(noise))
+
+    def distance(self, features_NF: Floats) -> NDArray[np.float64]:
+        """Return (N,) distances, about 1 for a normal image; larger is less like the normals."""
+        z_NF = _standardise(features_NF.astype(np.float64), self.mean_F, self.std_F)
+        inside_NQ = z_NF @ self.basis_QF.T
+        outside_N = np.maximum((z_NF**2).sum(1) - (inside_NQ**2).sum(1), 0.0)
+        square_N = (inside_NQ**2 / self.variance_Q).sum(1) + outside_N / self.noise_variance
+        return np.sqrt(square_N / z_NF.shape[1])
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return the arrays that `from_state` takes back."""
+        return {
+            "mean_F": self.mean_F,
+            "std_F": self.std_F,
+            "basis_QF": np.ascontiguousarray(self.basis_QF),
+            "variance_Q": self.variance_Q,
+            "noise_variance": np.array([self.noise_variance]),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> ResidualStatistics:
+        """Return the statistics that `state_dict` described."""
+        arrays = [state[name] for name in ("mean_F", "std_F", "basis_QF", "variance_Q")]
+        return cls(*arrays, noise_variance=float(state["noise_variance"][0]))
+
+
+@dataclass(frozen=True)
+class MapStatistics:
+    """Mean and standard deviation of every map pixel over normals, shape (M, h, w)."""
+
+    mean_MHW: Floats
+    std_MHW: Floats
+
+    @classmethod
+    def fit(cls, maps_NMHW: Floats) -> MapStatistics:
+        """Fit on normals; a deviation is not taken below a quarter of its map channel's median."""
+        maps_NMHW = maps_NMHW.astype(np.float32)
+        std_MHW = maps_NMHW.std(0, ddof=1)
+        floor_M11 = 0.25 * np.median(std_MHW, axis=(1, 2), keepdims=True) + 1e-4
+        return cls(maps_NMHW.mean(0), np.maximum(std_MHW, floor_M11))
+
+    def anomaly(self, maps_NMHW: Floats) -> NDArray[np.float32]:
+        """Return (N, h, w): root mean square over channels of the deviation from normal, in standard deviations."""
+        z_NMHW = (maps_NMHW.astype(np.float32) - self.mean_MHW) / self.std_MHW
+        return np.sqrt((z_NMHW**2).mean(1)).astype(np.float32)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return the arrays that `from_state` takes back."""
+        return {"map_mean_MHW": self.mean_MHW, "map_std_MHW": self.std_MHW}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> MapStatistics:
+        """Return the statistics that `state_dict` described."""
+        return cls(state["map_mean_MHW"], state["map_std_MHW"])
+
+
+def _cells(maps_BCHW: Tensor, grid: int) -> Tensor:
+    return F.adaptive_avg_pool2d(maps_BCHW, grid).flatten(1)
+
+
+def _log_energy(band_BCHW: Tensor, grid: int) -> Tensor:
+    return 0.5 * torch.log(_cells(band_BCHW.square(), grid) + ENERGY_FLOOR)
+
+
+def _standardise(features_NF: Floats, mean_F: Floats, std_F: Floats) -> Floats:
+    return np.clip((features_NF - mean_F) / std_F, -Z_CLIP, Z_CLIP)

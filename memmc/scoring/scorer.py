@@ -1,0 +1,309 @@
+"""One interface for every anomaly score, and the cross-fit that calibrates it.
+
+An image and its reconstruction become `Features`, small enough to keep for all
+held-out normals; a scorer fitted on those turns features into a score and a map.
+A score that needs no fit goes the same way.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memmc.config import ScoreConfig, ScorerName
+from memmc.errors import DataError, IntegrityError, UsageError
+from memmc.scoring import similarity
+from memmc.scoring.maps import map_scale
+from memmc.scoring.masks import Reconstruction
+from memmc.scoring.residuals import (
+    MapStatistics,
+    ResidualStatistics,
+    residual_features,
+    residual_maps,
+    shrink_maps,
+)
+
+STATE_FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a scorer keeps of N images.
+
+    Attributes:
+        vectors_NF: float32.
+        maps_NMHW: float16, longer side at most 64 px.
+        spread_N: root mean square, over the image, of the standard deviation between passes, grey values in [0, 1].
+        size: height and width of the images, px.
+    """
+
+    vectors_NF: NDArray[np.float32]
+    maps_NMHW: NDArray[np.float16]
+    spread_N: NDArray[np.float32]
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.vectors_NF)
+
+    def take(self, index: NDArray[np.integer] | NDArray[np.bool_]) -> Features:
+        """Return the features of some of the images."""
+        return Features(self.vectors_NF[index], self.maps_NMHW[index], self.spread_N[index], self.size)
+
+    @staticmethod
+    def join(parts: Sequence[Features]) -> Features:
+        """Return the features of all parts, in order.
+
+        Raises:
+            DataError: there is no part, or parts of other sizes.
+        """
+        if not parts:
+            raise DataError("no images to score; expected at least one")
+        if len({part.size for part in parts}) > 1:
+            raise DataError(f"images of different sizes {sorted({part.size for part in parts})}; expected one size")
+        return Features(
+            np.concatenate([part.vectors_NF for part in parts]),
+            np.concatenate([part.maps_NMHW for part in parts]),
+            np.concatenate([part.spread_N for part in parts]),
+            parts[0].size,
+        )
+
+
+@dataclass(frozen=True)
+class ScoreBatch:
+    """Scores of B images.
+
+    Attributes:
+        anomaly_score_B: float64, higher = more abnormal.
+        anomaly_map_BHW: float32 of the images' size, at least 0, higher = more abnormal.
+        spread_B: float64, see `Features.spread_N`.
+    """
+
+    anomaly_score_B: NDArray[np.float64]
+    anomaly_map_BHW: NDArray[np.float32]
+    spread_B: NDArray[np.float64]
+
+
+class Scorer(ABC):
+    """Turns images in [0, 1] and their reconstruction, in the same unit, into scores and maps. Immutable."""
+
+    name: ScorerName
+
+    @abstractmethod
+    def features(self, images_BCHW: Tensor, reconstruction: Reconstruction) -> Features:
+        """Return what is kept of the images; `reconstruction` must be rescaled to [0, 1]."""
+
+    @abstractmethod
+    def fit(self, normals: Features) -> Scorer:
+        """Return this scorer fitted on normals that the model was not trained on.
+
+        Raises:
+            DataError: too few normals.
+        """
+
+    @abstractmethod
+    def score_features(self, features: Features) -> ScoreBatch:
+        """Return the scores.
+
+        Raises:
+            UsageError: the scorer needs a fit and has none.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the arrays that make the fitted scorer."""
+
+    def score(self, images_BCHW: Tensor, reconstruction: Reconstruction) -> ScoreBatch:
+        """Return the scores of images in [0, 1] and their reconstruction in the same unit."""
+        return self.score_features(self.features(images_BCHW, reconstruction))
+
+    def state_to_bytes(self) -> bytes:
+        """Return the fitted scorer as safetensors."""
+        from safetensors.numpy import save
+
+        return save(self.state(), metadata={"format": STATE_FORMAT, "scorer": self.name})
+
+
+@dataclass(frozen=True)
+class SimilarityScorer(Scorer):
+    """The mean of a dissimilarity map; needs no fit."""
+
+    name: ScorerName
+    dissimilarity: Callable[[Tensor, Tensor], Tensor]
+
+    MEASURES: ClassVar[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {
+        "l1": similarity.l1,
+        "mse": similarity.mse,
+        "ssim": similarity.ssim,
+        "ms_ssim": similarity.ms_ssim,
+        "gms": similarity.gradient_magnitude,
+    }
+
+    @torch.inference_mode()
+    def features(self, images_BCHW: Tensor, reconstruction: Reconstruction) -> Features:
+        """Return the mean and the map of the dissimilarity."""
+        map_BHW = self.dissimilarity(images_BCHW.float(), reconstruction.mean_BCHW.float())
+        vectors_B1 = map_BHW.mean((1, 2))[:, None].cpu().numpy().astype(np.float32)
+        return Features(vectors_B1, shrink_maps(map_BHW[:, None]), _spread(reconstruction), _size(images_BCHW))
+
+    def fit(self, normals: Features) -> SimilarityScorer:
+        """Return the scorer unchanged."""
+        return self
+
+    def score_features(self, features: Features) -> ScoreBatch:
+        """Return the scores."""
+        maps_BHW = _enlarge(features.maps_NMHW[:, 0].astype(np.float32), features.size)
+        return ScoreBatch(features.vectors_NF[:, 0].astype(np.float64), maps_BHW, features.spread_N.astype(np.float64))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return one placeholder: there is nothing to keep."""
+        return {"unfitted": np.zeros(1, np.float32)}
+
+
+@dataclass(frozen=True)
+class ResidualStatisticsScorer(Scorer):
+    """Distance of the residual's statistics from those of held-out normals (`memmc.scoring.residuals`)."""
+
+    grid: int
+    components: int
+    vectors: ResidualStatistics | None = None
+    maps: MapStatistics | None = None
+    name: ScorerName = field(default="residual_statistics", init=False)
+
+    @torch.inference_mode()
+    def features(self, images_BCHW: Tensor, reconstruction: Reconstruction) -> Features:
+        """Return residual features and smoothed residual maps."""
+        images_BCHW = images_BCHW.float()
+        return Features(
+            residual_features(images_BCHW, reconstruction, self.grid),
+            residual_maps(images_BCHW, reconstruction),
+            _spread(reconstruction),
+            _size(images_BCHW),
+        )
+
+    def fit(self, normals: Features) -> ResidualStatisticsScorer:
+        """Return the scorer with statistics of these normals."""
+        vectors = ResidualStatistics.fit(normals.vectors_NF, self.components)
+        return ResidualStatisticsScorer(self.grid, self.components, vectors, MapStatistics.fit(normals.maps_NMHW))
+
+    def score_features(self, features: Features) -> ScoreBatch:
+        """Return the scores."""
+        if self.vectors is None or self.maps is None:
+            raise UsageError("residual statistics are not fitted; calibrate on held-out normals first")
+        maps_BHW = _enlarge(self.maps.anomaly(features.maps_NMHW), features.size)
+        return ScoreBatch(self.vectors.distance(features.vectors_NF), maps_BHW, features.spread_N.astype(np.float64))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the statistics and the settings they belong to."""
+        if self.vectors is None or self.maps is None:
+            raise UsageError("residual statistics are not fitted; there is no state to keep")
+        settings = np.array([self.grid, self.components], np.int64)
+        return {"settings": settings, **self.vectors.state_dict(), **self.maps.state_dict()}
+
+
+def make_scorer(config: ScoreConfig) -> Scorer:
+    """Return the scorer a configuration names, not fitted."""
+    if config.scorer == "residual_statistics":
+        return ResidualStatisticsScorer(config.grid, config.components)
+    return SimilarityScorer(config.scorer, SimilarityScorer.MEASURES[config.scorer])
+
+
+def scorer_from_bytes(data: bytes) -> Scorer:
+    """Return the scorer that `state_to_bytes` wrote; nothing in the bytes is executed.
+
+    Raises:
+        IntegrityError: the bytes are no scorer state of a known format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        state, metadata = load(data), _metadata(data)
+        name = metadata.get("scorer", "")
+        if metadata.get("format") == STATE_FORMAT and name in SimilarityScorer.MEASURES:
+            return make_scorer(ScoreConfig.model_validate({"scorer": name}))
+        if metadata.get("format") == STATE_FORMAT and name == "residual_statistics":
+            grid, components = (int(value) for value in state["settings"])
+            vectors, maps = ResidualStatistics.from_state(state), MapStatistics.from_state(state)
+            return ResidualStatisticsScorer(grid, components, vectors, maps)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise IntegrityError(f"scorer state is unreadable ({type(error).__name__}); calibrate again") from None
+    raise IntegrityError(f"scorer state of format {metadata.get('format')!r} for {name!r}; calibrate again")
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """A scorer fitted on all normals, and what each normal scored under a fit without its patient.
+
+    Attributes:
+        scorer: fitted on all normals.
+        normal_scores_N: out-of-fold, in the order of the features.
+        map_scale: 99.5 % pixel quantile of the out-of-fold maps.
+    """
+
+    scorer: Scorer
+    normal_scores_N: NDArray[np.float64]
+    map_scale: float
+
+
+def fit_and_calibrate(
+    scorer: Scorer, normals: Features, patient_keys: Sequence[str], folds: int = 5, seed: int = 0
+) -> CrossFit:
+    """Fit a scorer on normals and score the same normals out of fold, whole patients at a time.
+
+    A fit has seen its own normals and calls them too normal, so calibrating on them would flag new normals more
+    often than promised. Each patient is therefore scored by a fit on the other folds. The approximation: those fits
+    have (folds - 1) / folds of the data and the final scorer has all, so new normals score slightly lower than the
+    out-of-fold ones and the false-positive rate errs on the low side (cross-conformal prediction; the exact
+    guarantee is that of a split into one part to fit and one to calibrate).
+
+    Raises:
+        DataError: keys and features differ in number, or there are fewer than two patients.
+
+    Source: Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial Intelligence 2015.
+    """
+    if len(patient_keys) != len(normals):
+        raise DataError(f"{len(patient_keys)} patient keys for {len(normals)} images")
+    patients = sorted(set(patient_keys))
+    if len(patients) < 2:
+        raise DataError(f"{len(patients)} normal patients to calibrate on; expected at least 2")
+    folds = min(folds, len(patients))
+    order = np.random.default_rng(seed).permutation(len(patients))
+    fold_of = {patients[place]: position % folds for position, place in enumerate(order)}
+    fold_N = np.array([fold_of[key] for key in patient_keys])
+    scores_N = np.empty(len(normals))
+    maps: list[NDArray[np.float32]] = []
+    for fold in range(folds):
+        batch = scorer.fit(normals.take(fold_N != fold)).score_features(normals.take(fold_N == fold))
+        scores_N[fold_N == fold] = batch.anomaly_score_B
+        maps.append(batch.anomaly_map_BHW.astype(np.float16))
+    return CrossFit(scorer.fit(normals), scores_N, map_scale(np.concatenate(maps)))
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    import json
+
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
+
+
+def _size(images_BCHW: Tensor) -> tuple[int, int]:
+    return int(images_BCHW.shape[-2]), int(images_BCHW.shape[-1])
+
+
+def _spread(reconstruction: Reconstruction) -> NDArray[np.float32]:
+    return reconstruction.variance_BCHW.mean((1, 2, 3)).sqrt().cpu().numpy().astype(np.float32)
+
+
+def _enlarge(maps_BHW: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    if maps_BHW.shape[-2:] == size:
+        return maps_BHW
+    tensor = torch.from_numpy(maps_BHW)[:, None]
+    return F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)[:, 0].numpy()

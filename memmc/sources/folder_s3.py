@@ -1,0 +1,345 @@
+"""Objects of a local folder or of an S3 prefix: list every one, fetch one safely.
+
+Every file counts, hidden or not, whatever its name; what cannot be an instance
+is listed with a reason instead of being passed over. Nothing outside the root
+is ever opened: each part of a path is opened from its parent, links refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import stat
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote_to_bytes, urlsplit
+
+from memmc.errors import StorageError, UsageError
+
+READ_CHUNK_BYTES = 8 << 20
+
+FILE_SYMLINK = "FILE_SYMLINK"
+FILE_NOT_REGULAR = "FILE_NOT_REGULAR"
+FILE_PATH_ESCAPE = "FILE_PATH_ESCAPE"
+FILE_TOO_LARGE = "FILE_TOO_LARGE"
+FILE_UNREADABLE = "FILE_UNREADABLE"
+FILE_CHANGED_DURING_READ = "FILE_CHANGED_DURING_READ"
+STORE_AUTH = "STORE_AUTH"
+STORE_TIMEOUT = "STORE_TIMEOUT"
+
+RETRIABLE = frozenset({FILE_UNREADABLE, FILE_CHANGED_DURING_READ, STORE_AUTH, STORE_TIMEOUT})
+"""Reasons that may pass by themselves; the object stays pending for the next run."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceObject:
+    """One listed object.
+
+    Attributes:
+        path: name relative to the source, POSIX; bytes that are not UTF-8 are written as ``\\xNN``.
+        uri: exact place, ``file://`` (percent-encoded) or ``s3://``.
+        size: bytes.
+        modified: modification time (ns since 1970) of a file, entity tag of an S3 object.
+        problem: reason code why it cannot be fetched, or None.
+    """
+
+    path: str
+    uri: str
+    size: int
+    modified: str
+    problem: str | None = None
+
+
+class FetchFailed(Exception):  # noqa: N818
+    """One object could not be fetched; holds a reason code and nothing else."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    @property
+    def retriable(self) -> bool:
+        """True when a later attempt may succeed."""
+        return self.reason in RETRIABLE
+
+
+def list_objects(source_uri: str) -> Iterator[SourceObject]:
+    """Return every object under a source, folders in name order, in one pass.
+
+    Args:
+        source_uri: a folder or a file (path or ``file://``), or ``s3://bucket/prefix``: the object of that
+            key and all under ``prefix/``.
+
+    Raises:
+        UsageError: the source is not there, or its URI is not understood.
+        StorageError: the bucket cannot be listed (raised while iterating).
+    """
+    if source_uri.startswith("s3://"):
+        return _list_s3(*_bucket_and_key(source_uri))
+    root, single = _local_root(source_uri)
+    if single is None:
+        return _list_folder(root, "")
+    return iter([_local_object(root, single, os.lstat(os.path.join(root, single)))])  # noqa: PTH118 - bytes path
+
+
+def fetch(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
+    """Return an object's bytes, all of them from the version that was listed.
+
+    Args:
+        source_uri: the source that listed the object.
+        obj: what to fetch.
+        max_bytes: larger objects are refused before they are read.
+
+    Raises:
+        FetchFailed: with a reason code.
+    """
+    if obj.problem is not None:
+        raise FetchFailed(obj.problem)
+    if obj.size > max_bytes:
+        raise FetchFailed(FILE_TOO_LARGE)
+    if obj.uri.startswith("s3://"):
+        return _fetch_s3(source_uri, obj, max_bytes)
+    return _fetch_local(source_uri, obj, max_bytes)
+
+
+# --- local files; paths are bytes, since a file name need not be text -----------------------------------------
+
+
+def _local_root(source_uri: str) -> tuple[bytes, bytes | None]:
+    """Return the real folder, and the file's name when the source is a single file."""
+    if "://" in source_uri:
+        parts = urlsplit(source_uri)
+        if parts.scheme != "file" or parts.netloc not in {"", "localhost"}:
+            raise UsageError(f"source of scheme '{parts.scheme}' not understood; give a path, file:// or s3:// URI")
+        path = Path(os.fsdecode(unquote_to_bytes(parts.path)))
+    else:
+        path = Path(source_uri).expanduser()
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError):
+        raise UsageError("the source is not there or cannot be read; check its path") from None
+    return (os.fsencode(real), None) if real.is_dir() else (os.fsencode(real.parent), os.fsencode(real.name))
+
+
+def _list_folder(root: bytes, folder: str) -> Iterator[SourceObject]:
+    """Yield a folder's objects, depth first, by an explicit stack: depth is bounded by the disk, not by Python."""
+    try:
+        stack = [_entries(root)]
+    except OSError:
+        raise UsageError("the source folder cannot be read; check its permissions") from None
+    prefix = len(root.rstrip(b"/")) + 1
+    while stack:
+        entry = next(stack[-1], None)
+        if entry is None:
+            stack.pop()
+            continue
+        relative = entry.path[prefix:]
+        try:
+            found = entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode):
+                stack.append(_entries(entry.path))
+                continue
+        except OSError:
+            yield SourceObject(_text(relative), _file_uri(entry.path), 0, "", FILE_UNREADABLE)
+            continue
+        yield _local_object(root, relative, found)
+
+
+def _entries(folder: bytes) -> Iterator[os.DirEntry[bytes]]:
+    with os.scandir(folder) as found:
+        return iter(sorted(found, key=lambda entry: entry.name))
+
+
+def _local_object(root: bytes, relative: bytes, found: os.stat_result) -> SourceObject:
+    problem = None
+    if stat.S_ISLNK(found.st_mode):
+        problem = FILE_SYMLINK
+    elif not stat.S_ISREG(found.st_mode):
+        problem = FILE_NOT_REGULAR
+    uri = _file_uri(root.rstrip(b"/") + b"/" + relative)
+    return SourceObject(_text(relative), uri, found.st_size, str(found.st_mtime_ns), problem)
+
+
+def _text(path: bytes) -> str:
+    return path.decode("utf-8", "backslashreplace")
+
+
+def _file_uri(path: bytes) -> str:
+    return "file://" + quote(path)
+
+
+def _fetch_local(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
+    try:
+        root, _ = _local_root(source_uri)
+    except UsageError:
+        raise FetchFailed(FILE_UNREADABLE) from None
+    path = unquote_to_bytes(obj.uri.removeprefix("file://"))
+    if not path.startswith(root.rstrip(b"/") + b"/"):
+        raise FetchFailed(FILE_PATH_ESCAPE)
+    parts = path[len(root.rstrip(b"/")) + 1 :].split(b"/")
+    if any(part in {b"", b".", b".."} or b"\0" in part for part in parts):
+        raise FetchFailed(FILE_PATH_ESCAPE)
+    try:
+        with _opened(root, parts) as descriptor:
+            before = os.fstat(descriptor)
+            if not stat.S_ISREG(before.st_mode):
+                raise FetchFailed(FILE_NOT_REGULAR)
+            if (before.st_size, str(before.st_mtime_ns)) != (obj.size, obj.modified):
+                raise FetchFailed(FILE_CHANGED_DURING_READ)
+            data = _read_at_most(descriptor, min(before.st_size, max_bytes))
+            after = os.fstat(descriptor)
+    except FileNotFoundError:
+        raise FetchFailed(FILE_CHANGED_DURING_READ) from None
+    except OSError:
+        raise FetchFailed(FILE_UNREADABLE) from None
+    if len(data) != before.st_size or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise FetchFailed(FILE_CHANGED_DURING_READ)
+    return data
+
+
+@contextlib.contextmanager
+def _opened(root: bytes, parts: list[bytes]) -> Generator[int]:
+    """Open ``root/parts`` part by part, so that no link swapped in meanwhile is followed."""
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in parts[:-1]:
+            deeper = _open_part(part, os.O_DIRECTORY, folder)
+            os.close(folder)
+            folder = deeper
+        descriptor = _open_part(parts[-1], os.O_NONBLOCK, folder)  # a FIFO must not block the open
+    finally:
+        os.close(folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _open_part(part: bytes, flags: int, folder: int) -> int:
+    found = os.stat(part, dir_fd=folder, follow_symlinks=False)
+    if stat.S_ISLNK(found.st_mode):
+        raise FetchFailed(FILE_SYMLINK)
+    if not (stat.S_ISDIR(found.st_mode) if flags & os.O_DIRECTORY else stat.S_ISREG(found.st_mode)):
+        raise FetchFailed(FILE_NOT_REGULAR)
+    return os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=folder)
+
+
+def _read_at_most(descriptor: int, size: int) -> bytes:
+    """Read up to `size` bytes; a byte more would be a file that grew, which the caller sees by its size."""
+    chunks: list[bytes] = []
+    left = size
+    while left > 0:
+        chunk = os.read(descriptor, min(left, READ_CHUNK_BYTES))
+        if not chunk:
+            break
+        chunks.append(chunk)
+        left -= len(chunk)
+    return b"".join(chunks)
+
+
+# --- S3 -----------------------------------------------------------------------------------------------------------
+
+
+def _bucket_and_key(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket or "@" in bucket:
+        raise UsageError("the source URI names no bucket; give s3://bucket/prefix")
+    return bucket, key
+
+
+def _list_s3(bucket: str, prefix: str) -> Iterator[SourceObject]:
+    folder = prefix if not prefix or prefix.endswith("/") else f"{prefix}/"
+    if folder != prefix:
+        # The first key that starts with the prefix is the prefix itself, if there is such an object.
+        first = _page(bucket, prefix, {"MaxKeys": 1}).get("Contents", [])
+        yield from (_s3_object(bucket, prefix, item) for item in first if item["Key"] == prefix)
+    more: dict[str, Any] = {}
+    while True:
+        page = _page(bucket, folder, more)
+        for item in page.get("Contents", []):
+            if item["Size"] or not item["Key"].endswith("/"):  # an empty "folder" marker is no file
+                yield _s3_object(bucket, folder, item)
+        if not page.get("IsTruncated"):
+            return
+        more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _s3_object(bucket: str, folder: str, item: dict[str, Any]) -> SourceObject:
+    key = item["Key"]
+    path = key.removeprefix(folder) or key.rpartition("/")[2]
+    return SourceObject(path, f"s3://{bucket}/{key}", item["Size"], item["ETag"].strip('"'))
+
+
+def _page(bucket: str, prefix: str, more: dict[str, Any]) -> dict[str, Any]:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        return _client().list_objects_v2(Bucket=bucket, Prefix=prefix, **more)
+    except ClientError as error:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        raise StorageError(f"the S3 source cannot be listed ({code}); check bucket and AWS_* variables") from None
+    except BotoCoreError as error:
+        kind = type(error).__name__
+        raise StorageError(f"the S3 source does not answer ({kind}); check AWS_ENDPOINT_URL and the network") from None
+
+
+def _fetch_s3(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key = _bucket_and_key(obj.uri)
+    root_bucket, root = _bucket_and_key(source_uri)
+    under = key == root or not root or key.startswith(root if root.endswith("/") else f"{root}/")
+    if bucket != root_bucket or not under:
+        raise FetchFailed(FILE_PATH_ESCAPE)
+    try:
+        answer = _client().get_object(Bucket=bucket, Key=key, IfMatch=obj.modified)
+        if answer["ContentLength"] > max_bytes:
+            answer["Body"].close()
+            raise FetchFailed(FILE_TOO_LARGE)
+        data = answer["Body"].read()
+    except ClientError as error:
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        code = error.response.get("Error", {}).get("Code", "")
+        raise FetchFailed(_reason(status, str(code))) from None
+    except BotoCoreError:
+        raise FetchFailed(STORE_TIMEOUT) from None
+    if len(data) != obj.size:
+        raise FetchFailed(FILE_CHANGED_DURING_READ)
+    return data
+
+
+def _reason(status: int, code: str) -> str:
+    if status in {404, 412} and code != "NoSuchBucket":
+        return FILE_CHANGED_DURING_READ
+    if code == "InvalidObjectState":  # archived, has to be restored first
+        return FILE_UNREADABLE
+    return STORE_AUTH if status in {401, 403} else STORE_TIMEOUT
+
+
+def _client() -> Any:
+    """Return this process's S3 client, from the ``AWS_*`` environment."""
+    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    return _make_client(os.getpid(), endpoint, os.environ.get("AWS_ACCESS_KEY_ID"))
+
+
+@functools.lru_cache(maxsize=4)
+def _make_client(_pid: int, endpoint: str | None, _access_key: str | None) -> Any:
+    import botocore.session
+    from botocore.config import Config
+
+    return botocore.session.get_session().create_client(
+        "s3",
+        region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+        endpoint_url=endpoint,
+        config=Config(
+            connect_timeout=5,
+            read_timeout=20,
+            retries={"total_max_attempts": 3, "mode": "standard"},
+            s3={"addressing_style": "path" if endpoint else "auto"},
+        ),
+    )

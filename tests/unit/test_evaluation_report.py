@@ -1,0 +1,378 @@
+"""The report: true numbers, nothing from outside, nothing that runs, every absence said."""
+
+import base64
+import dataclasses
+import io
+import re
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from memmc.errors import StorageError
+from memmc.evaluation import figures
+from memmc.evaluation.controls import evaluate_controls
+from memmc.evaluation.findings import findings
+from memmc.evaluation.metrics import Interval, evaluate_scores
+from memmc.evaluation.report import render_report, write_report
+from memmc.evaluation.report_data import (
+    CalibrationFacts,
+    Case,
+    GroupResult,
+    IngestCount,
+    Localisation,
+    MemoryHealth,
+    MemoryLayer,
+    Provenance,
+    ReportData,
+    TrainingCurve,
+    select_cases,
+)
+
+NUM_NORMAL, NUM_ABNORMAL, THRESHOLD = 200, 100, 21.6
+HOSTILE = "<script>alert(1)</script>\"' onload=x {{ 7*7 }} $x^2$ & https://evil.example/x.png"
+
+
+def phantom_scan(rng: np.random.Generator, lesion: bool, side: int = 64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a chest-like image, an anomaly map and a lesion mask."""
+    y, x = np.mgrid[0:side, 0:side] / side
+    lungs = sum(np.exp(-((((x - cx) / 0.15) ** 2 + ((y - 0.5) / 0.28) ** 2) ** 2)) for cx in (0.3, 0.7))
+    image = 0.7 - 0.5 * lungs + 0.04 * np.sin(y * 60) * lungs + 0.02 * rng.normal(size=(side, side))
+    cy, cx, radius = rng.uniform(0.4, 0.65), rng.choice([0.3, 0.7]), rng.uniform(0.06, 0.11)
+    blob = np.exp(-(((x - cx) ** 2 + (y - cy) ** 2) / radius**2))
+    coarse = rng.random((8, 8)) * (0.4 if lesion else 0.3)
+    anomaly_map = np.asarray(Image.fromarray(coarse.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC))
+    if lesion:
+        image, anomaly_map = image + 0.35 * blob, anomaly_map + 1.1 * blob
+    return np.clip(image, 0, 1), anomaly_map, (blob > 0.4) & lesion
+
+
+def make_case(rng: np.random.Generator, label: str, score: float) -> Case:
+    image, anomaly_map, mask = phantom_scan(rng, label == "abnormal")
+    return Case(
+        case_id=rng.bytes(32).hex(),
+        image=image,
+        anomaly_map=anomaly_map.astype(np.float16),
+        anomaly_score=score,
+        p_value=float(np.clip(np.exp(-(score - 8) / 4), 0.0024, 1)),
+        is_abnormal=score >= THRESHOLD,
+        label=label,
+        mask=mask if label == "abnormal" else None,
+        score_spread=0.31,
+    )
+
+
+def demo_report(seed: int = 0) -> ReportData:
+    """Return a full report of invented scans."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(NUM_NORMAL + NUM_ABNORMAL) >= NUM_NORMAL
+    scores = rng.gamma(18, 0.8, labels.size) + labels * rng.gamma(3, 2.4, labels.size)
+    flagged, patients = scores >= THRESHOLD, np.arange(labels.size) // 2
+    settings = {"resamplings": 300, "confidence": 0.95, "seed": 0}
+    controls = {
+        "pca_8x8": rng.normal(size=labels.size) + 0.7 * labels,
+        "knn_8x8": rng.normal(size=labels.size) + 0.95 * labels,
+        "mean_intensity": rng.normal(size=labels.size) - 0.3 * labels,
+        "sharpness": rng.normal(size=labels.size) - 0.55 * labels,
+    }
+    names = ["abnormal" if label else "normal" for label in labels]
+    chosen = select_cases(names, scores, flagged, 6)
+
+    def cases(rows: tuple[int, ...]) -> tuple[Case, ...]:
+        return tuple(make_case(rng, names[row], float(scores[row])) for row in rows)
+
+    steps = np.arange(0, 6000, 10)
+    return ReportData(
+        cohort="chest-adults",
+        created_at=datetime(2026, 3, 1, 9, 30, tzinfo=UTC),
+        provenance=Provenance(
+            model="memmc-chest-adults/7",
+            model_digest="4f0c2a9be17d55a3",
+            dataset_version=12,
+            preprocess_id="9d1b6a0e3c44f821",
+            config_id="77aa01c39be0d2f4",
+            seeds={"train": 0, "bootstrap": 0},
+            durations_s={"ingest": 41.2, "train": 1803.0, "score": 75.6},
+            versions={"memmc": "0.1.0", "torch": "2.13.0", "ray": "2.60.0"},
+            config_text='[data]\nimage_size = 64\nbits = 8\n\n[train]\npreset = "tiny"\nmax_minutes = 30.0\nseed = 0\n',
+        ),
+        calibration=CalibrationFacts("cal-20260301-0930", "residual_statistics", 0.05, THRESHOLD, 412, 0.82),
+        scores=scores,
+        num_flagged=int(flagged.sum()),
+        num_patients=150,
+        evaluation=evaluate_scores(labels, scores, flagged, patients, **settings),
+        controls=evaluate_controls(controls, labels, scores, patients, **settings),
+        localisation=Localisation(100, 0.872, 0.641),
+        groups=(
+            GroupResult("lesion", "consolidation", 200, 44, 0.871, Interval(0.81, 0.92), 0.61, 0.05),
+            GroupResult("lesion", "nodule", 200, 31, 0.702, Interval(0.60, 0.79), 0.29, 0.05),
+            GroupResult("manufacturer", "Example Medical", 120, 70, 0.84, Interval(0.77, 0.9), 0.52, 0.042),
+            GroupResult("manufacturer", "Other Imaging", 80, 0, None, None, None, 0.063),
+        ),
+        most_abnormal=cases(chosen.most_abnormal),
+        calmest_normals=cases(chosen.calmest_normals),
+        typical_normals=cases(chosen.typical_normals),
+        missed_abnormals=cases(chosen.missed_abnormals),
+        flagged_normals=cases(chosen.flagged_normals),
+        ingest=(
+            IngestCount("stored", None, 3120),
+            IngestCount("duplicate", None, 57),
+            IngestCount("excluded", "modality_not_selected", 210),
+            IngestCount("excluded", "lateral_view", 341),
+            IngestCount("quarantined", "decode_failed", 12),
+            IngestCount("quarantined", "burned_in_annotation", 29),
+        ),
+        memory=MemoryHealth(
+            tuple(MemoryLayer(n, 0.08 + 0.03 * n, 16 - n, 16, 0.93 - 0.05 * n) for n in range(1, 7)), 0.801
+        ),
+        training=TrainingCurve(
+            steps, 0.9 * np.exp(-steps / 900) + 0.18 + 0.02 * rng.normal(size=steps.size), steps[99::100],
+            0.9 * np.exp(-steps[99::100] / 900) + 0.2,
+        ),
+    )  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.by_id: dict[str, str] = {}
+        self.text = ""
+        self._open_id: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self._open_id = dict(attrs).get("id")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._open_id:
+            self.by_id[self._open_id] = data.strip()
+            self._open_id = None
+
+
+@pytest.fixture(scope="module")
+def demo() -> ReportData:
+    return demo_report()
+
+
+@pytest.fixture(scope="module")
+def html(demo: ReportData) -> str:
+    return render_report(demo)
+
+
+def bare(demo: ReportData) -> ReportData:
+    return ReportData(demo.cohort, demo.created_at, demo.provenance, demo.calibration, demo.scores, 3, 150)
+
+
+def test_headline_numbers_are_the_inputs(demo: ReportData, html: str) -> None:
+    page, evaluation = Page(html), demo.evaluation
+    assert evaluation is not None
+    assert page.by_id["auroc"] == f"{evaluation.auroc:.3f}"
+    assert page.by_id["average-precision"] == f"{evaluation.average_precision:.3f}"
+    assert page.by_id["false-positive-rate"] == f"{evaluation.false_positive_rate:.1%}"
+    assert page.by_id["sensitivity"] == f"{evaluation.sensitivity:.1%}"
+    assert page.by_id["num-scored"] == "300"
+    assert f"{evaluation.auroc_interval.low:.3f} – {evaluation.auroc_interval.high:.3f}" in page.text
+    for control in demo.controls:
+        assert f"{control.auroc:.3f}" in page.text
+        assert f"{control.gain:+.3f}" in page.text
+    for row in demo.ingest:
+        assert f"{row.count:,}" in page.text
+    assert f"{sum(row.count for row in demo.ingest):,} objects seen" in page.text
+    for value in (
+        "0.871",
+        "0.702",
+        "4f0c2a9be17d55a3",
+        "9d1b6a0e3c44f821",
+        "cal-20260301-0930",
+        "30 min 03 s",
+        "0.801",
+    ):
+        assert value in page.text
+    assert "21.6 at 5.0% false positives, from 412 normals" in page.text
+
+
+def test_every_case_is_shown_with_score_p_value_and_id(demo: ReportData, html: str) -> None:
+    page = Page(html)
+    galleries = (demo.most_abnormal, demo.calmest_normals, demo.typical_normals, demo.missed_abnormals)
+    for case in [case for gallery in galleries for case in gallery] + list(demo.flagged_normals):
+        assert case.case_id in page.text
+        assert f"{case.anomaly_score:#.4g}" in page.text
+        assert f"{case.p_value:.4f}" in page.text
+    assert len(demo.most_abnormal) == 9
+
+
+def test_nothing_comes_from_elsewhere_and_nothing_runs(html: str) -> None:
+    page = Page(html)
+    assert not {"script", "iframe", "object", "embed", "link", "base", "form", "image"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name in {"src", "href", "xlink:href", "srcset", "action", "data"}:
+            assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value[:60])
+    assert "http://" not in html
+    assert "https://" not in html
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert "default-src 'none'" in html
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for _, name, value in page.attributes:
+        for target in re.findall(r"url\(#([^)]+)\)", value) + ([value[1:]] if name == "href" else []):
+            assert target in ids
+
+
+def test_the_file_is_small_and_written_whole(demo: ReportData, tmp_path: Path) -> None:
+    path = write_report(demo, tmp_path / "new" / "report.html")
+    assert path.stat().st_size < 3_000_000
+    assert "Research software, not a medical device" in path.read_text(encoding="utf-8")
+    assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="output folder"):
+        write_report(demo, tmp_path / "file" / "report.html")
+
+
+def test_the_same_data_gives_the_same_page(demo: ReportData, html: str) -> None:
+    assert render_report(demo) == html
+
+
+def test_hostile_strings_are_text(demo: ReportData) -> None:
+    data = dataclasses.replace(
+        demo,
+        title=HOSTILE,
+        cohort=HOSTILE,
+        provenance=dataclasses.replace(
+            demo.provenance, model=HOSTILE, config_text=HOSTILE, versions={HOSTILE: HOSTILE}
+        ),
+        calibration=dataclasses.replace(demo.calibration, scorer=HOSTILE),
+        most_abnormal=(dataclasses.replace(demo.most_abnormal[0], case_id=HOSTILE),),
+        groups=(GroupResult(HOSTILE, HOSTILE, 1, 1),),
+        ingest=(IngestCount("excluded", HOSTILE, 3), IngestCount("quarantined", r"$\frac{", 1)),
+        controls=(dataclasses.replace(demo.controls[0], name=HOSTILE),),
+    )
+    text = render_report(data)
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "<script" not in text
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count(HOSTILE) >= 8
+    assert "{{ 7*7 }}" in page.text
+
+
+def test_absent_sections_say_so(demo: ReportData) -> None:
+    text = Page(render_report(bare(demo))).text
+    for said in (
+        "no labels: not evaluated",
+        "No labels: not evaluated.",
+        "no lesion masks, not measured",
+        "No scans were given.",
+        "No labels: misses are not known.",
+        "No groups",
+        "No account of the ingest was given.",
+        "Not measured, or a model without memory.",
+        "No training curve was given.",
+    ):
+        assert said in text
+    assert "AUROC without the memory" not in text
+    only_labels = dataclasses.replace(bare(demo), evaluation=demo.evaluation)
+    text = Page(render_report(only_labels)).text
+    assert "Controls without a model: not run." in text
+    assert "No abnormal scan was missed." in text
+    dense = dataclasses.replace(demo.provenance, seeds={}, durations_s={}, versions={}, config_text=None)
+    text = Page(render_report(dataclasses.replace(bare(demo), provenance=dense, scores=np.zeros(0)))).text
+    for said in ("Seedsnot given", "The full configuration was not given."):
+        assert said in text
+
+
+def test_findings_name_what_is_wrong(demo: ReportData) -> None:
+    assert demo.evaluation is not None
+    assert demo.memory is not None
+    titles = {finding.title for finding in findings(demo)}
+    assert {"Beats every control", "False alarms as chosen", "Memory contributes"} <= titles
+    better = dataclasses.replace(demo.controls[0], auroc=0.99, gain=-0.1, gain_interval=Interval(-0.2, -0.05))
+    close = dataclasses.replace(demo.controls[0], gain=0.01, gain_interval=Interval(-0.02, 0.04))
+
+    def problems(**changes: object) -> set[str]:
+        return {finding.title for finding in findings(dataclasses.replace(demo, **changes))} - titles
+
+    assert problems(controls=(better,)) == {"Does not beat a control"}
+    assert problems(controls=(close,)) == {"Lead over controls uncertain"}
+    assert problems(controls=()) == {"No controls"}
+    assert "Not evaluated" in problems(evaluation=None)
+    calibration = dataclasses.replace(demo.calibration, false_positive_rate=0.001, num_normals=19)
+    assert problems(calibration=calibration) == {"More false alarms than chosen", "Few calibration scans"}
+    idle = MemoryHealth((MemoryLayer(1, 0.001, 1, 16, 0.1),), demo.evaluation.auroc)
+    assert problems(memory=idle) == {"Memory is ignored", "Memory adds nothing measurable"}
+    assert problems(memory=MemoryHealth(demo.memory.layers, 0.99)) == {"Memory harms"}
+    assert problems(ingest=(IngestCount("stored", None, 9), IngestCount("quarantined", "x", 1))) == {
+        "Many objects quarantined"
+    }
+    assert findings(dataclasses.replace(demo, controls=(better,)))[0].level == "problem"
+
+
+def test_selection_of_cases() -> None:
+    labels = ["normal"] * 5 + ["abnormal"] * 3 + ["unknown"]
+    scores = [0.5, 0.1, 0.9, 0.3, 0.2, 0.95, 0.15, 0.6, 0.99]
+    chosen = select_cases(labels, scores, np.array(scores) >= 0.55, 2)
+    assert chosen.most_abnormal == (8, 5, 2)
+    assert chosen.calmest_normals == (1, 4)
+    assert chosen.typical_normals == (4, 3)
+    assert chosen.missed_abnormals == (6,)
+    assert chosen.flagged_normals == (2,)
+    empty = select_cases([], [], [], 4)
+    assert empty.most_abnormal == empty.typical_normals == ()
+
+
+def decode(uri: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))))
+
+
+def test_heat_maps_share_one_scale_and_a_cold_map_leaves_the_image() -> None:
+    image = np.linspace(0, 1, 64 * 64).reshape(64, 64)
+    cold = decode(figures.overlay_png(image, np.zeros((64, 64)), 1.0))
+    assert (cold == decode(figures.image_png(image))[..., None]).all()
+    grey = np.full((32, 32), 0.5)
+    half = decode(figures.overlay_png(grey, np.full((32, 32), 0.4), 0.8))
+    assert (half == decode(figures.overlay_png(grey, np.full((32, 32), 2.0), 4.0))).all()
+    top = decode(figures.overlay_png(grey, np.full((32, 32), 0.8), 0.8))
+    assert (top == decode(figures.overlay_png(grey, np.full((32, 32), 99.0), 0.8))).all()
+    luminance = [
+        decode(figures.overlay_png(grey * 0.6, np.full((32, 32), v), 1.0))[0, 0] @ [0.2126, 0.7152, 0.0722]
+        for v in (0.5, 0.75, 1.0)
+    ]
+    assert luminance == sorted(luminance)
+    assert luminance[2] > luminance[0] + 60
+
+
+def test_large_images_are_reduced_and_maps_fitted() -> None:
+    image = np.random.default_rng(0).random((600, 300))
+    assert decode(figures.image_png(image)).shape == (256, 128)
+    assert decode(figures.overlay_png(image, np.zeros((8, 8)), 1.0)).shape == (256, 128, 3)
+
+
+def test_mask_outline_is_its_border() -> None:
+    mask = np.zeros((5, 6), dtype=bool)
+    mask[1:3, 2:5] = True
+    segments = re.findall(r"M(\d+) (\d+)([hv])1", figures.mask_outline(mask))
+    assert len(segments) == 2 * (2 + 3)
+    assert {("2", "1", "h"), ("4", "3", "h"), ("2", "1", "v"), ("5", "2", "v")} <= set(segments)
+    full = figures.mask_outline(np.ones((3, 3), dtype=bool))
+    assert full.count("M") == 12
+
+
+def test_charts_stand_odd_data() -> None:
+    assert "<svg" in figures.histogram_figure({"all scans": [1.0]}, 1.0)
+    assert "<svg" in figures.training_figure([1], [float("nan")])
+    assert "<svg" in figures.training_figure(np.arange(100), np.geomspace(10, 0.01, 100))
+    assert "<svg" in figures.ingest_figure([("stored", "stored", 0)])
+    for chart in (figures.histogram_figure({"normal": [1.0, 2.0], "abnormal": [3.0]}, 2.5),):
+        assert "var(--normal)" in chart
+        assert "var(--abnormal)" in chart
+        assert "DejaVu" not in chart

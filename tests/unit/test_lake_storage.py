@@ -1,0 +1,121 @@
+import errno
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+
+from memmc.errors import StorageError, UsageError
+from memmc.lake import storage as module
+from memmc.lake.storage import Storage
+
+
+def test_write_read_list_delete(tmp_path):
+    storage = Storage.open(tmp_path / "lake")
+    storage.write("a/b.bin", b"one")
+    storage.write("a/b.bin", b"two")
+    storage.write("c.bin", b"")
+    assert storage.read("a/b.bin") == b"two"
+    assert storage.list() == ["a/b.bin", "c.bin"]
+    assert storage.list("a") == ["a/b.bin"]
+    assert storage.exists("c.bin") and not storage.exists("a")
+    storage.delete("c.bin")
+    storage.delete("c.bin")
+    assert storage.list() == ["a/b.bin"]
+    assert storage.local_path("a/b.bin") == tmp_path / "lake/a/b.bin"
+    assert oct((tmp_path / "lake").stat().st_mode & 0o777) == "0o700"
+
+
+@pytest.mark.parametrize("rel", ["../x", "a/../../x", "/etc/passwd", "", "a\0b", "./a", "a//b"])
+def test_names_cannot_leave_the_root(tmp_path, rel):
+    storage = Storage.open(tmp_path)
+    for call in (storage.read, storage.exists, storage.delete, storage.join):
+        with pytest.raises(StorageError, match="leaves its root"):
+            call(rel)
+    with pytest.raises(StorageError, match="leaves its root"):
+        Storage.open("s3://bucket/prefix").join(rel)
+
+
+def test_uris(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Storage.open("lake").uri == str(tmp_path / "lake")
+    assert Storage.open("file:///a%20b/c").uri == "/a b/c"
+    assert Storage.open("s3://bucket/x/y/").uri == "s3://bucket/x/y"
+    assert Storage.open("s3://bucket").join("k") == "s3://bucket/k"
+    assert Storage.open("s3://bucket/x").local_path("y") is None
+
+
+@pytest.mark.parametrize(
+    "uri", ["", "http://169.254.169.254/x", "s3://", "s3://b/../c", "s3://k@b/c", "file://host/x", "gs://b"]
+)
+def test_other_places_are_refused(uri):
+    with pytest.raises(UsageError):
+        Storage.open(uri)
+
+
+def test_create_has_one_winner(tmp_path):
+    storage = pickle.loads(pickle.dumps(Storage.open(tmp_path)))
+    wins: list[int] = []
+    barrier = threading.Barrier(8)
+
+    def race(index: int) -> None:
+        barrier.wait()
+        if storage.create("once", str(index).encode()):
+            wins.append(index)
+
+    threads = [threading.Thread(target=race, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+    assert storage.read("once") == str(wins[0]).encode()
+    assert storage.list() == ["once"]
+    storage.probe_conditional_put()
+    assert storage.list() == ["once"]
+
+
+def test_probe_refuses_a_store_that_overwrites(tmp_path, monkeypatch):
+    def careless(self: Storage, rel: str, data: bytes) -> bool:
+        self.write(rel, data)
+        return True
+
+    monkeypatch.setattr(Storage, "create", careless)
+    with pytest.raises(StorageError, match="If-None-Match"):
+        Storage.open(tmp_path).probe_conditional_put()
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_bytes(tmp_path, monkeypatch, step):
+    storage = Storage.open(tmp_path)
+    storage.write("x", b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*((module.os, "fsync") if step == "fsync" else (Path, "replace")), fail)
+    with pytest.raises(StorageError, match="free space") as caught:
+        storage.write("x", b"new")
+    assert str(tmp_path) not in str(caught.value)
+    monkeypatch.undo()
+    assert storage.read("x") == b"old"
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def test_absent_object(tmp_path):
+    with pytest.raises(StorageError, match="check the URI"):
+        Storage.open(tmp_path).read("nothing")
+
+
+def test_delta_options_follow_the_environment(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.delenv("AWS_REQUEST_CHECKSUM_CALCULATION", raising=False)
+    options = Storage.open("s3://bucket").delta_options()
+    assert options["AWS_ENDPOINT_URL"] == "http://127.0.0.1:9"
+    assert options["AWS_ALLOW_HTTP"] == "true"
+    assert options["conditional_put"] == "etag"
+    assert options["AWS_ACCESS_KEY_ID"] == "key"
+    assert os.environ.pop("AWS_REQUEST_CHECKSUM_CALCULATION") == "when_required"
+    assert Storage.open("lake").delta_options() == {}

@@ -1,0 +1,189 @@
+import os
+import pickle
+import socket
+from pathlib import Path
+
+import pytest
+
+from memmc.errors import UsageError
+from memmc.sources import folder_s3
+from memmc.sources.folder_s3 import FetchFailed, SourceObject, fetch, list_objects
+
+LIMIT = 1 << 20
+
+
+def put(root: Path, name: str, data: bytes = b"x") -> Path:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def reason(source: object, obj: SourceObject, limit: int = LIMIT) -> str:
+    with pytest.raises(FetchFailed) as caught:
+        fetch(str(source), obj, limit)
+    assert caught.value.args == (caught.value.reason,)
+    return caught.value.reason
+
+
+def test_every_file_is_listed_in_a_fixed_order(tmp_path):
+    names = ["b/2.dcm", "b/1.dcm", "a.dcm", ".hidden", "DICOMDIR", "b/c/d/x", "leer zeichen/ü.dcm", "z#?%41"]
+    for index, name in enumerate(names):
+        put(tmp_path, name, bytes(index))
+    (tmp_path / "empty").mkdir()
+    objects = list(list_objects(str(tmp_path)))
+    expected = [".hidden", "DICOMDIR", "a.dcm", "b/1.dcm", "b/2.dcm", "b/c/d/x", "leer zeichen/ü.dcm", "z#?%41"]
+    assert [obj.path for obj in objects] == expected
+    assert {obj.path: obj.size for obj in objects} == {name: index for index, name in enumerate(names)}
+    assert objects == list(list_objects(tmp_path.as_uri())) == list(list_objects(f"{tmp_path}/"))
+    for obj in objects:
+        assert obj.problem is None and obj.modified == str((tmp_path / obj.path).stat().st_mtime_ns)
+        assert fetch(str(tmp_path), pickle.loads(pickle.dumps(obj)), LIMIT) == bytes(obj.size)
+
+
+def test_names_that_are_not_text(tmp_path):
+    name = os.fsencode(tmp_path) + b"/bad\xff.dcm"
+    with open(name, "wb") as file:
+        file.write(b"data")
+    (obj,) = list_objects(str(tmp_path))
+    assert obj.path == "bad\\xff.dcm"
+    obj.path.encode()
+    obj.uri.encode("ascii")
+    assert fetch(str(tmp_path), obj, LIMIT) == b"data"
+
+
+def test_what_is_no_file_is_listed_with_a_reason(tmp_path):
+    root = tmp_path / "root"
+    put(root, "good")
+    put(tmp_path, "outside/secret", b"secret")
+    (root / "link").symlink_to(tmp_path / "outside/secret")
+    (root / "dir-link").symlink_to(tmp_path / "outside")
+    (root / "loop").symlink_to(root)
+    (root / "dangling").symlink_to("nowhere")
+    os.mkfifo(root / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        os.chdir(root)
+        listener.bind("sock")
+    objects = {obj.path: obj for obj in list_objects(str(root))}
+    assert {path: obj.problem for path, obj in objects.items()} == {
+        "dangling": "FILE_SYMLINK",
+        "dir-link": "FILE_SYMLINK",
+        "fifo": "FILE_NOT_REGULAR",
+        "good": None,
+        "link": "FILE_SYMLINK",
+        "loop": "FILE_SYMLINK",
+        "sock": "FILE_NOT_REGULAR",
+    }
+    for path, obj in objects.items():
+        if obj.problem:
+            assert reason(root, obj) == obj.problem
+            # Also when the listing was made before the link or FIFO took the file's place.
+            lied = SourceObject(path, obj.uri, obj.size, obj.modified)
+            assert reason(root, lied) == obj.problem
+
+
+def test_a_folder_swapped_for_a_link_is_not_followed(tmp_path):
+    root = tmp_path / "root"
+    put(root, "a/x", b"data")
+    (obj,) = list_objects(str(root))
+    (root / "a").rename(tmp_path / "a")
+    (root / "a").symlink_to(tmp_path / "a")
+    assert reason(root, obj) == "FILE_SYMLINK"
+
+
+def test_paths_outside_the_root_are_refused(tmp_path):
+    root = tmp_path / "root"
+    put(root, "x")
+    secret = put(tmp_path, "secret")
+    found = secret.stat()
+    for uri in (
+        secret.as_uri(),
+        f"{root.as_uri()}/../secret",
+        f"{root.as_uri()}/%2e%2e/secret",
+        f"{root.as_uri()}-2/x",
+    ):
+        obj = SourceObject("x", uri, found.st_size, str(found.st_mtime_ns))
+        assert reason(root, obj) == "FILE_PATH_ESCAPE"
+
+
+def test_limits_and_changes(tmp_path, monkeypatch):
+    path = put(tmp_path, "x", b"12345")
+    (obj,) = list_objects(str(tmp_path))
+    assert reason(tmp_path, obj, 4) == "FILE_TOO_LARGE"
+    assert fetch(str(tmp_path), obj, 5) == b"12345"
+    put(tmp_path, "x", b"123456")
+    assert reason(tmp_path, obj) == "FILE_CHANGED_DURING_READ"
+    path.write_bytes(b"54321")
+    os.utime(path, ns=(1, int(obj.modified) + 1))
+    assert reason(tmp_path, obj) == "FILE_CHANGED_DURING_READ"
+
+    os.utime(path, ns=(1, int(obj.modified)))
+    read = os.read
+
+    def grow(descriptor: int, size: int) -> bytes:
+        data = read(descriptor, size)
+        with path.open("ab") as file:
+            file.write(b"!")
+        return data
+
+    monkeypatch.setattr(folder_s3.os, "read", grow)
+    assert reason(tmp_path, obj) == "FILE_CHANGED_DURING_READ"
+    monkeypatch.undo()
+    path.unlink()
+    assert reason(tmp_path, obj) == "FILE_CHANGED_DURING_READ"
+    failure = FetchFailed("FILE_CHANGED_DURING_READ")
+    assert failure.retriable and pickle.loads(pickle.dumps(failure)).reason == failure.reason
+    assert not FetchFailed("FILE_SYMLINK").retriable
+
+
+def test_empty_files_are_left_to_the_reader(tmp_path):
+    put(tmp_path, "empty", b"")
+    (obj,) = list_objects(str(tmp_path))
+    assert fetch(str(tmp_path), obj, LIMIT) == b""
+
+
+def test_unreadable_places_are_listed(tmp_path, monkeypatch):
+    put(tmp_path, "closed/x")
+    put(tmp_path, "open/x")
+    entries = folder_s3._entries
+
+    def refuse(folder: bytes):
+        if folder.endswith(b"closed"):
+            raise PermissionError
+        return entries(folder)
+
+    monkeypatch.setattr(folder_s3, "_entries", refuse)
+    assert [(obj.path, obj.problem) for obj in list_objects(str(tmp_path))] == [
+        ("closed", "FILE_UNREADABLE"),
+        ("open/x", None),
+    ]
+
+
+def test_one_file_as_the_source(tmp_path):
+    path = put(tmp_path, "one.dcm", b"data")
+    put(tmp_path, "two.dcm")
+    (obj,) = list_objects(str(path))
+    assert (obj.path, obj.size, obj.problem) == ("one.dcm", 4, None)
+    assert fetch(str(path), obj, LIMIT) == b"data"
+    os.mkfifo(tmp_path / "fifo")
+    (fifo,) = list_objects(str(tmp_path / "fifo"))
+    assert fifo.problem == "FILE_NOT_REGULAR"
+
+
+@pytest.mark.parametrize("uri", ["/nowhere/at/all", "http://host/x", "ftp://host/x", "file://host/x", "s3:///key"])
+def test_sources_that_are_not_there(uri):
+    with pytest.raises(UsageError) as caught:
+        list_objects(uri)
+    assert "nowhere" not in str(caught.value)
+
+
+def test_deep_folders(tmp_path):
+    deep = tmp_path / "/".join(["d"] * 1200)
+    folder = tmp_path
+    for _ in range(1200):  # deeper than Python recurses
+        folder = folder / "d"
+        folder.mkdir()
+    assert deep == folder
+    put(deep, "x", b"data")
+    (obj,) = list_objects(str(tmp_path))
+    assert obj.path.count("/") == 1200 and fetch(str(tmp_path), obj, LIMIT) == b"data"
