@@ -109,12 +109,12 @@ def check_geometry(instance: Instance, ingest: IngestConfig) -> Geometry:
 
 
 def _check_native_length(instance: Instance, geometry: Geometry) -> None:
-    """Native Pixel Data is as long as the header says, padded to even: PS3.5 8.1.1."""
+    """Native Pixel Data is as long as the header says, but for the pad byte to even length: PS3.5 8.1.1."""
     if instance.pixels is None or instance.pixels.fragments is not None:
         return
     samples = 2 if geometry.photometric == "YBR_FULL_422" else geometry.samples
     expected = (geometry.rows * geometry.columns * samples * geometry.bits_allocated + 7) // 8
-    if instance.pixels.end - instance.pixels.start != expected + expected % 2:
+    if instance.pixels.end - instance.pixels.start not in (expected, expected + expected % 2):
         raise Rejected("PIX_LENGTH")
 
 
@@ -124,7 +124,7 @@ def prepare(instance: Instance, geometry: Geometry, data: DataConfig) -> Prepare
     Raises:
         Rejected: a PIX_* or QC_* code. Decoders raise what they like besides.
     """
-    grey_HW = _grey(instance, geometry, data)
+    grey_HW = grey_image(instance, geometry, data)
     grey_SS = _resize(grey_HW, data)
     top = (1 << data.bits) - 1
     pixels_SS = np.rint(grey_SS.clip(0.0, 1.0) * top).astype("<u2" if data.bits == 16 else "u1")
@@ -133,7 +133,12 @@ def prepare(instance: Instance, geometry: Geometry, data: DataConfig) -> Prepare
     return Prepared(pixels_SS.tobytes(), data.image_size, data.image_size, 1, data.bits)
 
 
-def _grey(instance: Instance, geometry: Geometry, data: DataConfig) -> NDArray[np.float32]:
+def grey_image(instance: Instance, geometry: Geometry, data: DataConfig) -> NDArray[np.float32]:
+    """Decode one instance to display grey at its own size: float32, shape (H, W), 0 black .. 1 white.
+
+    Raises:
+        Rejected: a PIX_* code. Decoders raise what they like besides.
+    """
     decoded, photometric = _decode(instance, geometry)
     if geometry.samples == 3:
         return _luminance(decoded, photometric, geometry.bits_stored)

@@ -7,6 +7,7 @@ materialised: names, addresses and free text never become Python values.
 
 from __future__ import annotations
 
+import functools
 import logging
 import struct
 import warnings
@@ -19,7 +20,7 @@ from io import BytesIO
 import pydicom.config
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
-from pydicom.tag import Tag
+from pydicom.tag import BaseTag, Tag
 
 from memmc.dicom.reasons import Rejected
 from memmc.dicom.scan import MAX_HEADER_BYTES, Encoding, PixelSpan, looks_explicit, scan_data_set
@@ -135,11 +136,16 @@ def read_instance(data: bytes | bytearray | memoryview, max_inflated_bytes: int 
         BytesIO(buffer[start : layout.header_end]),
         is_implicit_VR=encoding.implicit,
         is_little_endian=encoding.little,
-        specific_tags=[Tag(keyword) for keyword in _KEYWORDS],
+        specific_tags=_wanted_tags(),
     )
     if bare and "SOPClassUID" not in dataset:
         raise Rejected("FILE_NOT_DICOM")
     return Instance(dataset, syntax, encoding.little, buffer, layout.pixels, layout.float_pixels)
+
+
+@functools.cache
+def _wanted_tags() -> list[BaseTag | int]:
+    return [Tag(keyword) for keyword in _KEYWORDS]
 
 
 def _data_start(buffer: memoryview) -> int:

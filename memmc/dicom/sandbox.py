@@ -2,13 +2,13 @@
 
 ::
 
-    Sandbox (caller) --data--> worker <--fork-- keeper <--Popen-- Sandbox
-            ^-- attributes, result --'              '-- "worker died" --> Sandbox
+    Sandbox (caller) --request--> worker <--fork-- keeper <--Popen-- Sandbox
+            ^-- attributes, result --'                '-- "worker died" --> Sandbox
 
 The keeper imports everything once, applies the limits and forks a worker, which
 answers objects until it dies or has done its share; the keeper then forks the
-next in milliseconds. A hang costs the whole group. The answer is read as data:
-JSON of known keys and patterns and raw pixels, never unpickled; what does not
+next in milliseconds. A hang costs the whole group. The object
+itself lies in memory that both sides map. The answer is read as data: JSON of known keys and patterns and raw pixels, never unpickled; what does not
 fit counts as a crash. The identity key travels over a pipe, never in the
 arguments or the environment, and the decoders' output goes to /dev/null.
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import mmap
 import os
 import resource
 import select as polling
@@ -27,11 +28,12 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from memmc.config import DataConfig, IngestConfig, SelectConfig
 from memmc.dicom.convert import Converted, ConvertPolicy, convert, rejected
@@ -43,6 +45,7 @@ MAX_ATTEMPTS = 2  # of an object that kills its process
 OBJECTS_PER_WORKER = 200  # GDCM leaks (CVE-2026-3650); a fork is cheap
 _START_TIMEOUT_S = 120.0
 _PIPE_BYTES = 1 << 20
+_KEPT_BYTES = 64 << 20  # shared memory that is kept from object to object
 _MAX_JSON_BYTES = 1 << 16
 _REQUEST = struct.Struct("<QQ")  # number, bytes
 _ANSWER = struct.Struct("<cQIQ")  # kind, number, JSON bytes, pixel bytes
@@ -60,6 +63,8 @@ class Sandbox:
     Args:
         policy: as for `memmc.dicom.convert.convert`.
     """
+
+    child_module: ClassVar[str] = "memmc.dicom.sandbox"
 
     def __init__(self, policy: ConvertPolicy) -> None:
         self._policy = policy
@@ -102,7 +107,7 @@ class Sandbox:
     def _attempt(self, data: bytes | bytearray | memoryview) -> Converted | _Lost:
         if self._keeper is None or not self._keeper.alive():
             self._stop()
-            self._keeper = _Keeper(self._policy)
+            self._keeper = _Keeper(self._policy, self.child_module)
         self._number += 1
         try:
             answer = self._keeper.ask(self._number, data, self._policy)
@@ -158,28 +163,31 @@ class _Overdue(Exception):
 class _Keeper:
     """The caller's end of the child process."""
 
-    def __init__(self, policy: ConvertPolicy) -> None:
+    def __init__(self, policy: ConvertPolicy, module: str) -> None:
+        self._shared = _shared_memory()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "memmc.dicom.sandbox"],
+            [sys.executable, "-m", module, str(self._shared)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=_child_environment(),
             cwd="/",
             start_new_session=True,
+            pass_fds=(self._shared,),
             bufsize=0,
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._output = self._process.stdin.fileno(), self._process.stdout.fileno()
         for descriptor in (self._input, self._output):
             os.set_blocking(descriptor, False)
-            _widen(descriptor)
         self._deadline = time.monotonic() + _START_TIMEOUT_S
         self._received = bytearray()
         message = _policy_json(policy)
         try:
-            self._send([_REQUEST.pack(0, len(message)), message])
+            self._share(message)
+            self._send(_REQUEST.pack(0, len(message)))
             ready = self._receive()[0] == _READY
+            os.ftruncate(self._shared, 0)  # the key does not stay there
         except (_Closed, _Overdue):
             ready = False
         if not ready:
@@ -196,6 +204,8 @@ class _Keeper:
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+        with contextlib.suppress(OSError):
+            os.close(self._shared)
         self._process.wait()
 
     def ask(self, number: int, data: bytes | bytearray | memoryview, policy: ConvertPolicy) -> Converted | _Lost:
@@ -203,7 +213,8 @@ class _Keeper:
         self._deadline = time.monotonic() + policy.ingest.timeout_s
         attributes: Mapping[str, Value] | None = None
         try:
-            self._send([_REQUEST.pack(number, len(data)), data])
+            self._share(data)
+            self._send(_REQUEST.pack(number, len(data)))
             while True:
                 kind, about, head, pixels = self._receive()
                 if kind == _DIED:
@@ -221,17 +232,25 @@ class _Keeper:
         except (_Closed, KeyError, TypeError, ValueError):
             return _Lost("CRASH", attributes, None)
 
-    def _send(self, parts: list[bytes | bytearray | memoryview]) -> None:
-        for part in parts:
-            view = memoryview(part)
-            while view:
-                self._wait(self._input, polling.POLLOUT)
-                try:
-                    view = view[os.write(self._input, view[: 1 << 20]) :]
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    raise _Closed from None
+    def _share(self, data: bytes | bytearray | memoryview) -> None:
+        """Put an object where the child reads it. Pages stay from object to object; a large object's are given back."""
+        size = os.fstat(self._shared).st_size
+        if size > max(_KEPT_BYTES, len(data)):
+            os.ftruncate(self._shared, 0)
+        view, offset = memoryview(data), 0
+        while offset < len(view):
+            offset += os.pwrite(self._shared, view[offset:], offset)
+
+    def _send(self, request: bytes) -> None:
+        view = memoryview(request)
+        while view:
+            self._wait(self._input, polling.POLLOUT)
+            try:
+                view = view[os.write(self._input, view) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise _Closed from None
 
     def _receive(self) -> tuple[bytes, int, dict[str, Any], bytes]:
         kind, number, json_bytes, pixel_bytes = _ANSWER.unpack(self._take(_ANSWER.size))
@@ -312,16 +331,17 @@ def _child_environment() -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # glibc: an image's memory is kept for the next,
+        "MALLOC_TRIM_THRESHOLD_": str(256 << 20),  # not faulted in anew
     }
 
 
-def _widen(descriptor: int) -> None:
-    """Enlarge a pipe, so that an object crosses in fewer turns; best effort."""
+def _shared_memory() -> int:
+    """Return a descriptor of anonymous memory; of an unlinked temporary file where the system has none."""
     if sys.platform == "linux":
-        import fcntl
-
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        return os.memfd_create("memmc", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _policy_json(policy: ConvertPolicy) -> bytes:
@@ -356,11 +376,6 @@ def _read_exactly(size: int) -> bytearray:
     return data
 
 
-def _skip(size: int) -> None:
-    while size:
-        size -= len(_read_exactly(min(size, _PIPE_BYTES)))
-
-
 def _answer(channel: int, kind: bytes, number: int, head: Mapping[str, Any], pixels: bytes = b"") -> None:
     text = json.dumps(head).encode()
     for part in (_ANSWER.pack(kind, number, len(text), len(pixels)) + text, pixels):
@@ -391,21 +406,38 @@ def _limit(memory_bytes: int) -> None:
         resource.setrlimit(what, (soft, soft))
 
 
-def _work(policy: ConvertPolicy, channel: int) -> NoReturn:
+@contextlib.contextmanager
+def _mapped(shared: int, size: int) -> Iterator[memoryview]:
+    """Map the shared object for reading."""
+    if not size:
+        yield memoryview(b"")
+        return
+    mapping = mmap.mmap(shared, size, prot=mmap.PROT_READ)
+    view = memoryview(mapping)
+    try:
+        yield view
+    finally:
+        with contextlib.suppress(BufferError):  # a decoder's array may still point into it; the next unmaps it
+            view.release()
+            mapping.close()
+
+
+def _work(policy: ConvertPolicy, channel: int, shared: int) -> NoReturn:
     """Answer objects until the share is done or the caller is gone."""
     for _ in range(OBJECTS_PER_WORKER):
         try:
             number, size = _REQUEST.unpack(_read_exactly(_REQUEST.size))
         except EOFError:
             os._exit(_EXIT_CLOSED)
+
+        def tell(attributes: Mapping[str, Value], number: int = number) -> None:
+            _answer(channel, _HEADER, number, {"attributes": dict(attributes)})
+
         try:
-            data = _read_exactly(size)
-        except MemoryError:
-            _skip(size)
+            with _mapped(shared, size) as data:
+                result = convert(data, policy, tell)
+        except (OSError, ValueError):  # no room in the address space
             result = rejected("PARSE_MEMORY")
-        else:
-            result = convert(data, policy, lambda head, n=number: _answer(channel, _HEADER, n, {"attributes": head}))
-            del data
         head = {"reason": result.reason, "attributes": dict(result.attributes)}
         _answer(channel, _RESULT, number, head, result.pixels or b"")
         if result.reason in ("PIX_DECODER_OOM", "PARSE_MEMORY"):
@@ -413,7 +445,7 @@ def _work(policy: ConvertPolicy, channel: int) -> NoReturn:
     os._exit(_EXIT_DONE)
 
 
-def _keep(policy: ConvertPolicy, channel: int) -> int:
+def _keep(policy: ConvertPolicy, channel: int, shared: int) -> int:
     """Fork workers, one at a time, until the caller is gone."""
     while True:
         keeper = os.getpid()
@@ -421,7 +453,7 @@ def _keep(policy: ConvertPolicy, channel: int) -> int:
         if not worker:
             try:
                 _die_with_parent(keeper)
-                _work(policy, channel)
+                _work(policy, channel, shared)
             finally:
                 os._exit(1)
         status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
@@ -437,8 +469,9 @@ def main() -> int:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)  # decoders print there
     os.dup2(nothing, 2)
+    shared = int(sys.argv[1])
     _, size = _REQUEST.unpack(_read_exactly(_REQUEST.size))
-    fields = json.loads(_read_exactly(size))
+    fields = json.loads(os.pread(shared, size, 0))
     policy = ConvertPolicy(
         DataConfig.model_validate(fields["data"]),
         SelectConfig.model_validate(fields["select"]),
@@ -452,7 +485,7 @@ def main() -> int:
     preload()
     _limit(policy.ingest.memory_bytes)
     _answer(channel, _READY, 0, {})
-    return _keep(policy, channel)
+    return _keep(policy, channel, shared)
 
 
 if __name__ == "__main__":

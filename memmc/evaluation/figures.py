@@ -38,8 +38,8 @@ _OUTCOME_COLOURS = {"stored": _NORMAL, "duplicate": _MUTED, "excluded": _MODEL, 
 MAX_SIDE = 256  # thumbnails are reduced to this, px
 MAX_LABEL = 32  # longer labels are cut, characters
 
-# Heat ramp: share of map_scale -> red, green, blue, opacity. Luminance rises with the value; the lower third, where most
-# of a normal scan lies, stays nearly clear.
+# Heat ramp: share of map_scale -> red, green, blue, opacity. Luminance rises with the value; the lower third, where
+# most of a normal scan lies, stays nearly clear.
 _HEAT = np.array(
     [
         [0.00, 0.45, 0.05, 0.35, 0.00],
@@ -78,7 +78,7 @@ def histogram_figure(groups: Mapping[str, ArrayLike], threshold: float) -> str:
 
     Args:
         groups: scores (N,) per name; "normal" and "abnormal" get their colours, others grey.
-        threshold: score from which an image is flagged.
+        threshold: score above which an image is flagged.
     """
     figure, axes = _chart(5.4, 4.2)
     values = {name: np.asarray(scores, dtype=np.float64) for name, scores in groups.items()}
@@ -143,6 +143,7 @@ def training_figure(
                   markersize=4, linewidth=1.6, label="held-out normals")  # fmt: skip
     if len(y) and y.min() > 0 and y.max() / y.min() > 10:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("reconstruction loss")
     _legend(axes, loc="upper right")
@@ -256,10 +257,11 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     head, body = text.split(">", 1)
     view = re.search(r'viewBox="[^"]+"', head)
     assert view is not None
+    widest = round(figure.get_figwidth() * 108)  # px: 1.5 times the size drawn, or its text would outgrow the page's
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = body.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)  # it would apply to the whole page
     body = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", body)
     for colour, variable in _VARIABLES.items():
         body = body.replace(colour, f"var({variable})")
-    return f'<svg class="chart" role="img" aria-label="{title}" {view.group()}>{body}'
+    return f'<svg class="chart" style="max-width:{widest}px" role="img" aria-label="{title}" {view.group()}>{body}'

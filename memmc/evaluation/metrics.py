@@ -50,7 +50,7 @@ class RocCurve:
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What flagging every score at or above a threshold does."""
+    """What flagging every score above a threshold does."""
 
     threshold: float
     sensitivity: float
@@ -194,7 +194,7 @@ def roc_curve(labels: ArrayLike, scores: ArrayLike) -> RocCurve:
 
 
 def operating_points(labels: ArrayLike, scores: ArrayLike, thresholds: ArrayLike) -> list[OperatingPoint]:
-    """Return sensitivity and false-positive rate of `score >= threshold`, one per threshold.
+    """Return sensitivity and false-positive rate of `score > threshold`, the rule of calibration, one per threshold.
 
     Raises:
         DataError: a class is missing, or a score is not finite.
@@ -204,8 +204,8 @@ def operating_points(labels: ArrayLike, scores: ArrayLike, thresholds: ArrayLike
     return [
         OperatingPoint(
             threshold=float(threshold),
-            sensitivity=1 - float(np.searchsorted(abnormal, threshold, side="left")) / len(abnormal),
-            false_positive_rate=1 - float(np.searchsorted(normal, threshold, side="left")) / len(normal),
+            sensitivity=1 - float(np.searchsorted(abnormal, threshold, side="right")) / len(abnormal),
+            false_positive_rate=1 - float(np.searchsorted(normal, threshold, side="right")) / len(normal),
         )
         for threshold in np.atleast_1d(np.asarray(thresholds, dtype=np.float64))
     ]

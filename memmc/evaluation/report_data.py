@@ -54,7 +54,7 @@ class CalibrationFacts:
 
     Attributes:
         false_positive_rate: the rate that was chosen.
-        threshold: anomaly score from which an image is flagged.
+        threshold: anomaly score above which an image is flagged.
         num_normals: held-out normal images behind it.
         map_scale: map value at the top of the colour scale, the same for every image.
     """
@@ -117,9 +117,10 @@ class MemoryLayer:
     Attributes:
         layer: from 1.
         attention_mass: share of attention that goes to memory slots, [0, 1].
-        slots_used: slots that get more than a negligible share.
-        num_slots: slots of the layer.
-        entropy: of the attention over slots, divided by log(num_slots): 1 = all alike, 0 = one slot only.
+        slots_used: slots, of all heads, that get more than a negligible share.
+        num_slots: slots of all heads.
+        entropy: of the attention over the slots of a head, as a share of its maximum: 1 = all alike, 0 = one slot only.
+        uniform_mass: attention_mass if slots were like any other token, if known.
     """
 
     layer: int
@@ -127,6 +128,7 @@ class MemoryLayer:
     slots_used: int
     num_slots: int
     entropy: float
+    uniform_mass: float | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class ReportData:
         cohort: name of the scored cohort.
         created_at: with a time zone.
         scores: (N,) of all scored images, labelled or not.
-        num_flagged: images at or above the threshold.
+        num_flagged: images above the threshold.
         num_patients: patients of the scored images.
         evaluation: None where no labels exist or a class is missing.
         controls: of the evaluated images, best first.

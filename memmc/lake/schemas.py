@@ -71,6 +71,8 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "bits_stored i32?",
         "pixel_spacing_mm f64?",
         "lossy bool?",
+        "pixel_mean f64?",
+        "pixel_std f64?",
         "ingest_run str",
         "ingested_at time",
     ),

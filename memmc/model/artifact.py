@@ -5,7 +5,6 @@ No pickle is ever read or written: a folder from anywhere is data, not code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -21,11 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from memmc.config import ModelConfig
 from memmc.errors import ConfigError, ModelError
+from memmc.model.digest import INFO_FILE, WEIGHTS_FILE, model_digest
 from memmc.model.mae import MemMCMAE
 
 FORMAT = 1
-WEIGHTS_FILE = "model.safetensors"
-INFO_FILE = "model.json"
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,21 @@ class LoadedModel:
     digest: str
 
 
-def export_model(folder: str | Path, model: MemMCMAE, info: ModelInfo) -> str:
+def export_model(folder: str | Path, model: MemMCMAE, info: ModelInfo | Mapping[str, Any]) -> str:
     """Write the model folder and return its digest.
 
     Each file appears whole or not at all; `model.json` comes last, so a folder with it is finished.
 
+    Args:
+        folder: made if absent.
+        model: the averaged model.
+        info: what goes into `model.json`; of a mapping the fields of `ModelInfo` are taken.
+
     Raises:
-        ModelError: the weights hold NaN or infinity, or `info` does not describe `model`.
+        ModelError: the weights hold NaN or infinity, or `info` lacks a field or does not describe `model`.
     """
+    if not isinstance(info, ModelInfo):
+        info = _info_of(info)
     if (info.image_size, info.channels) != (model.image_size, model.channels):
         raise ModelError(
             f"info says {info.image_size} px and {info.channels} channels, "
@@ -100,22 +105,6 @@ def export_model(folder: str | Path, model: MemMCMAE, info: ModelInfo) -> str:
         for name in (WEIGHTS_FILE, INFO_FILE):
             os.replace(Path(aside, name), target / name)  # noqa: PTH105 - the atomic one
     return model_digest(target)
-
-
-def model_digest(folder: str | Path) -> str:
-    """Return 16 hex digits of SHA-256 over both files of a model folder, weights first.
-
-    Raises:
-        ModelError: a file is missing or cannot be read.
-    """
-    digest = hashlib.sha256()
-    for name in (WEIGHTS_FILE, INFO_FILE):
-        try:
-            with Path(folder, name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise ModelError(f"model folder without a readable {name} ({error.strerror}); export it again") from None
-    return digest.hexdigest()[:16]
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> LoadedModel:
@@ -159,14 +148,7 @@ def _parse_info(document: Mapping[str, Any]) -> tuple[ModelConfig, ModelInfo]:
     if set(document) != expected:
         odd = ", ".join(sorted(set(document) ^ expected))
         raise ModelError(f"{INFO_FILE}: missing or unknown keys: {odd}")
-    values: dict[str, Any] = {}
-    for field in fields(ModelInfo):
-        value = document[field.name]
-        kinds = {"int": (int,), "float": (int, float), "str": (str,)}[str(field.type)]
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise ModelError(f"{INFO_FILE}: {field.name} is {type(value).__name__}, expected {field.type}")
-        values[field.name] = float(value) if field.type == "float" else value
-    info = ModelInfo(**values)
+    info = _info_of(document)
     if not (-1e6 < info.pixel_mean < 1e6 and 0 < info.pixel_std < 1e6 and 0 < info.image_size <= 4096):
         raise ModelError(f"{INFO_FILE}: pixel_mean, pixel_std or image_size out of range")
     try:
@@ -174,6 +156,19 @@ def _parse_info(document: Mapping[str, Any]) -> tuple[ModelConfig, ModelInfo]:
     except ValueError as error:
         raise ModelError(f"{INFO_FILE}: model_config does not validate: {error}") from None
     return config, info
+
+
+def _info_of(document: Mapping[str, Any]) -> ModelInfo:
+    values: dict[str, Any] = {}
+    for field in fields(ModelInfo):
+        if field.name not in document:
+            raise ModelError(f"{INFO_FILE}: {field.name} is missing")
+        value = document[field.name]
+        kinds = {"int": (int,), "float": (int, float), "str": (str,)}[str(field.type)]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ModelError(f"{INFO_FILE}: {field.name} is {type(value).__name__}, expected {field.type}")
+        values[field.name] = float(value) if field.type == "float" else value
+    return ModelInfo(**values)
 
 
 def _check_weights(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from memmc.errors import UsageError
 from memmc.phantom.lesions import LESION_KINDS, Lesion
@@ -34,7 +34,9 @@ SIZE_PX = 256
 Fault = Literal["truncated", "empty", "web_page", "garbage", "lateral", "report", "duplicate"]
 FAULTS: tuple[Fault, ...] = ("truncated", "empty", "web_page", "garbage", "lateral", "report", "duplicate")
 
-_WEB_PAGE = b"<!DOCTYPE html><html><head><title>Session expired</title></head><body>Please log in again.</body></html>\n"
+_WEB_PAGE = (
+    b"<!DOCTYPE html><html><head><title>Session expired</title></head><body>Please log in again.</body></html>\n"
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def write_hospital(
     _copy_duplicates(partial, exams)
     _write_tables(partial, exams, masks)
     (partial / "manifest.json").write_text(json.dumps(wanted, indent=1) + "\n")
-    os.replace(partial, out_dir)
+    partial.replace(out_dir)
     return _summary(out_dir, exams, reused=False)
 
 
@@ -194,7 +196,7 @@ def exam_bytes(exam: Exam, seed: int, mask_root: Path | None = None) -> bytes:
     return data[: int(len(data) * 0.6)] if exam.fault == "truncated" else data
 
 
-def _write_mask(path: Path, mask_HW: np.ndarray) -> None:
+def _write_mask(path: Path, mask_HW: npt.NDArray[np.bool_]) -> None:
     from PIL import Image
 
     Image.fromarray(mask_HW.astype(np.uint8) * np.uint8(255)).save(path)

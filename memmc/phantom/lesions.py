@@ -69,24 +69,24 @@ def place(lesion: Lesion, thorax: Thorax) -> PlacedLesion:
 
 
 def _nodule(thorax: Thorax, side: Side, rng: np.random.Generator) -> PlacedLesion:
-    """A solid sphere with two lobulations, 22-35 mm."""
-    radius = float(rng.uniform(11, 17.5))
+    """A solid sphere with two lobulations, 24-35 mm."""
+    radius = float(rng.uniform(12, 17.5))
     center = _open_lung(thorax, side, rng, radius + 4)
     bodies = [ellipsoid(center, (radius, radius, radius))]
     for _ in range(2):
         bump = rng.normal(size=3)
         bump *= 0.45 * radius / np.linalg.norm(bump)
         bodies.append(ellipsoid(center + bump, (0.7 * radius,) * 3))
-    return PlacedLesion("nodule", side, 1.3 * MU_SOFT, tuple(bodies), None, thorax.vessels[side], 1.0, 2 * radius)
+    return PlacedLesion("nodule", side, 1.4 * MU_SOFT, tuple(bodies), None, thorax.vessels[side], 1.0, 2 * radius)
 
 
 def _consolidation(thorax: Thorax, side: Side, rng: np.random.Generator) -> PlacedLesion:
-    """A cluster of five overlapping patches of fluid-filled alveoli; vessels inside lose their contrast."""
-    center = _open_lung(thorax, side, rng, 20)
+    """A cluster of four overlapping patches of fluid-filled alveoli; vessels inside lose their contrast."""
+    center = _open_lung(thorax, side, rng, 16)
     bodies: list[Quadric] = []
-    for _ in range(5):
-        offset = rng.normal(0, 1, 3) * (14, 12, 14)
-        bodies.append(ellipsoid(center + offset, rng.uniform((17, 17, 15), (32, 30, 28)), float(rng.uniform(-40, 40))))
+    for _ in range(4):
+        offset = rng.normal(0, 1, 3) * (11, 10, 11)
+        bodies.append(ellipsoid(center + offset, rng.uniform((14, 16, 13), (25, 28, 23)), float(rng.uniform(-40, 40))))
     tree = thorax.vessels[side]
     hidden = np.zeros(len(tree.radius), bool)
     for body in bodies:
@@ -100,7 +100,7 @@ def _effusion(thorax: Thorax, side: Side, rng: np.random.Generator) -> PlacedLes
     """Free fluid of an upright patient: the lung floats on it, its convex base makes the meniscus."""
     lung = thorax.lungs[side]
     dome_top = float(thorax.organs[side][0].center[2]) + 92
-    rise = float(rng.uniform(-22, 14))
+    rise = float(rng.uniform(-26, 2))
     level = dome_top + rise
     x = float(lung.center[0]) * 0.62
     remaining = ellipsoid((x, float(lung.center[1]), level + 160), (145, 260, 160))
@@ -114,7 +114,7 @@ def _pneumothorax(thorax: Thorax, side: Side, rng: np.random.Generator) -> Place
     lung = thorax.lungs[side]
     sign = 1.0 if side == "left" else -1.0
     pivot = np.array([sign * 22, float(lung.center[1]), float(thorax.organs[side][0].center[2]) + 60], np.float32)
-    factors = np.array([rng.uniform(0.60, 0.76), 1.0, rng.uniform(0.72, 0.86)], np.float32)
+    factors = np.array([rng.uniform(0.70, 0.82), 1.0, rng.uniform(0.80, 0.9)], np.float32)
     volume = float(factors.prod())
     return PlacedLesion(
         "pneumothorax",

@@ -34,7 +34,7 @@ from memmc.phantom.radiograph import BITS_STORED, Radiograph
 Grey = Literal["none", "window", "sigmoid", "voi_lut", "rescale", "signed"]
 
 _TOP = (1 << BITS_STORED) - 1
-_SYLLABLES = "ba be do fen gar hul il jo kem lun mar nes or pel qui ros sim tar ul ven wis yor zan".split()
+_SYLLABLES = "ba-be-do-fen-gar-hul-il-jo-kem-lun-mar-nes-or-pel-qui-ros-sim-tar-ul-ven-wis-yor-zan"
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _header(identity: Identity, sop_class: UID, modality: str) -> Dataset:
 
 
 def _name(rng: np.random.Generator) -> str:
-    return "".join(rng.choice(_SYLLABLES, int(rng.integers(2, 4)))).capitalize()
+    return "".join(rng.choice(_SYLLABLES.split("-"), int(rng.integers(2, 4)))).capitalize()
 
 
 def _code(value: str, scheme: str, meaning: str) -> Dataset:

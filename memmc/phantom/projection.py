@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.floating[Any]]  # float32 wherever there is one value per ray
 
 FAR_MM = np.float32(1.0e6)
 _TINY = np.float32(1.0e-9)
@@ -232,7 +232,7 @@ def tube_chain(
     """
     points = np.asarray(points_P3, np.float32)
     tangents = _unit(np.gradient(points, axis=0).astype(np.float32))
-    radii = np.broadcast_to(np.float32(radii_mm), (len(points) - 1, 2))
+    radii = np.broadcast_to(np.asarray(radii_mm, np.float32), (len(points) - 1, 2))
     return _assemble(points[:-1], points[1:], (tangents[:-1], tangents[1:]), radii, weight, core)
 
 
@@ -251,13 +251,11 @@ def _assemble(
     core: tuple[float, float],
 ) -> Tubes:
     axis = _unit(end - start)
-    upward = np.where(np.abs(axis[:, 2:]) > 0.99, np.float32([0, 1, 0]), np.float32([0, 0, 1]))
+    upward = np.where(np.abs(axis[:, 2:]) > 0.99, np.array([0, 1, 0], np.float32), np.array([0, 0, 1], np.float32))
     along = _unit(upward - np.einsum("ij,ij->i", axis, upward)[:, None] * axis)
     across = np.cross(along, axis).astype(np.float32)
     fill = (np.broadcast_to(np.float32(value), (len(start),)) for value in (weight, *core))
-    return Tubes(
-        start, end, *normals, across / radii_S2[:, :1], along / radii_S2[:, 1:], radii_S2.max(axis=1), *fill
-    )
+    return Tubes(start, end, *normals, across / radii_S2[:, :1], along / radii_S2[:, 1:], radii_S2.max(axis=1), *fill)
 
 
 def _unit(vectors: Array) -> Array:
@@ -290,7 +288,9 @@ def _shadow_pixels(
     middle = (first_S2 + last_S2) / 2
     span = last_S2 - first_S2
     size = np.linalg.norm(span, axis=1)
-    unit = np.where(size[:, None] > 1e-3, span / np.maximum(size, np.float32(1e-3))[:, None], np.float32([1, 0]))
+    unit = np.where(
+        size[:, None] > 1e-3, span / np.maximum(size, np.float32(1e-3))[:, None], np.array([1, 0], np.float32)
+    )
     corner = np.rint(middle).astype(np.int32)
     step = np.arange(-half, half + 1, dtype=np.int32)
     rows, columns = corner[:, :1] + step, corner[:, 1:] + step

@@ -40,8 +40,8 @@ class Radiograph:
         info: what was drawn: pixel_mm, breath_mm, photons, sex, and the lesion's kind, side and size.
     """
 
-    image_HW: npt.NDArray[np.uint16]
-    mask_HW: npt.NDArray[np.bool_]
+    image_HW: npt.NDArray[np.uint16]  # noqa: N815
+    mask_HW: npt.NDArray[np.bool_]  # noqa: N815
     info: dict[str, Any]
 
 
@@ -62,7 +62,7 @@ def simulate(
         view: (0018,5101) View Position; PA from behind, LL from the right side.
     """
     rng = np.random.default_rng([patient_seed, exposure_seed, 3])
-    breath_mm = float(rng.uniform(0, 6))
+    breath_mm = float(rng.uniform(0, 10))
     camera = _camera(rng, size_px, 90.0 if view == "LL" else 0.0)
     thorax = build_thorax(patient_seed, breath_mm)
     placed = place(lesion, thorax) if lesion is not None else None
@@ -79,8 +79,8 @@ def simulate(
 
 def _camera(rng: np.random.Generator, size_px: int, turn_degrees: float) -> Camera:
     """Upright stand with small errors of positioning; no turn is posterior-anterior."""
-    turn, lean = np.radians(turn_degrees + rng.normal(0, 1.3)), np.radians(rng.normal(0, 1.2))
-    shift = np.array([rng.normal(0, 5), 0, rng.normal(-14, 6)])
+    turn, lean = np.radians(turn_degrees + rng.normal(0, 1.8)), np.radians(rng.normal(0, 2.2))
+    shift = np.array([rng.normal(0, 10), 0, rng.normal(-14, 10)])
     right = np.array([np.cos(turn) * np.cos(lean), np.sin(turn) * np.cos(lean), np.sin(lean)])
     beam = np.array([np.sin(turn), -np.cos(turn), 0.0])
     down = np.cross(right, beam)
@@ -94,7 +94,7 @@ def _camera(rng: np.random.Generator, size_px: int, turn_degrees: float) -> Came
         right=right,
         down=down,
         size_px=size_px,
-        pixel_mm=FIELD_MM / size_px,
+        pixel_mm=FIELD_MM * float(rng.uniform(0.95, 1.07)) / size_px,
     )
 
 
@@ -176,7 +176,7 @@ def present(counts_HW: Array, photons: float, pixel_mm: float) -> npt.NDArray[np
     broad = _blur(level, 32.0 / pixel_mm)
     fine = _blur(level, 2.2 / pixel_mm)
     level = 0.62 * broad + 1.30 * (level - broad) + 0.40 * (level - fine)
-    grey = 1.0 / (1.0 + np.exp(-4.0 * (level - 0.36)))
+    grey = 1.0 / (1.0 + np.exp(-3.6 * (level - 0.42)))
     return np.rint(np.clip(grey, 0, 1) * ((1 << BITS_STORED) - 1)).astype(np.uint16)
 
 
@@ -202,8 +202,8 @@ def _stretch(coarse: Array, size_px: int) -> Array:
     cells = len(coarse)
     place_cells = (np.arange(size_px) + 0.5) * cells / size_px - 0.5
     nearest = np.rint(place_cells).astype(int)
-    taps = [nearest + step for step in (-1, 0, 1)]
-    weights = np.exp(-0.5 * ((np.stack(taps) - place_cells) / 0.55) ** 2)
+    taps = np.stack([nearest + step for step in (-1, 0, 1)])
+    weights = np.exp(-0.5 * ((taps - place_cells) / 0.55) ** 2)
     weights /= np.sqrt((weights**2).sum(axis=0))
-    rows = [coarse[np.clip(tap, 0, cells - 1)] for tap in taps]
-    return sum(row * weight[:, None].astype(np.float32) for row, weight in zip(rows, weights, strict=True))
+    rows = coarse[np.clip(taps, 0, cells - 1)]
+    return np.einsum("tpc,tp->pc", rows, weights.astype(np.float32))

@@ -13,7 +13,17 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from memmc.phantom.projection import Array, Quadric, Tubes, contains, ellipsoid, join, mirrored, separate_tubes, tube_chain
+from memmc.phantom.projection import (
+    Array,
+    Quadric,
+    Tubes,
+    contains,
+    ellipsoid,
+    join,
+    mirrored,
+    separate_tubes,
+    tube_chain,
+)
 
 Side = Literal["right", "left"]
 SIDES: tuple[Side, Side] = ("right", "left")
@@ -115,13 +125,13 @@ def draw_build(rng: np.random.Generator) -> Build:
     spread = rng.standard_normal(9).clip(-2, 2)
     size = 0.025 * spread[0]
     return Build(
-        wide=1.0 + size + 0.025 * spread[1],
-        deep=1.0 + size + 0.03 * spread[2],
+        wide=1.0 + size + 0.03 * spread[1],
+        deep=1.0 + size + 0.04 * spread[2],
         tall=1.0 + size + 0.025 * spread[3],
-        tissue_mm=22.0 + 4.0 * spread[4],
-        heart=1.0 + 0.05 * spread[5],
+        tissue_mm=24.0 + 5.0 * spread[4],
+        heart=1.0 + 0.07 * spread[5],
         heart_roll=44.0 + 4.0 * spread[6],
-        dome_mm=-84.0 + 6.0 * spread[7],
+        dome_mm=-82.0 + 8.0 * spread[7],
         dome_gap_mm=11.0 + 3.0 * spread[8],
         slope_mm=float(rng.uniform(64, 86)),
         knob=float(rng.uniform(0.8, 1.15)),
@@ -211,7 +221,7 @@ def _plates(build: Build) -> tuple[tuple[Quadric, float], ...]:
     sternum = ellipsoid((0, -90 * build.deep, -5), (17, 6, 88))
     gain = MU_MARROW - MU_SOFT
     blades = [(part, gain * 1.2) for part in (blade, mirrored(blade))]
-    heads = [(part, gain * 0.8) for part in (head, mirrored(head))]
+    heads = [(part, gain * 1.3) for part in (head, mirrored(head))]
     return (*blades, *heads, (sternum, gain * 0.8))
 
 
@@ -266,7 +276,7 @@ def _shoulder_girdle(build: Build) -> Tubes:
     """Humeral shafts, and the lateral borders and spines of the scapulae."""
     u = np.linspace(0, 1, 10, dtype=np.float32)[:, None]
     wide = build.wide
-    shaft = np.array([182 * wide, 8, 90]) * (1 - u) + np.array([236 * wide, 6, -190]) * u
+    shaft = np.array([179 * wide, 8, 98]) * (1 - u) + np.array([236 * wide, 6, -190]) * u
     border = np.array([158 * wide, 40, 84]) * (1 - u) + np.array([142 * wide, 78, -34]) * u
     spine = np.array([164 * wide, 40, 112]) * (1 - u) + np.array([112 * wide, 84, 84]) * u
     bend = np.sin(np.pi * u) * np.array([7, 0, 0])
@@ -309,7 +319,7 @@ def _airways() -> Tubes:
     left = np.linspace(carina, [42, 18, 2], 4)
     line = np.concatenate([trachea[:-1], right[:-1], left[:-1]]).astype(np.float32)
     ends = np.concatenate([trachea[1:], right[1:], left[1:]]).astype(np.float32)
-    radius = np.repeat(np.float32([8.5, 6.5, 5.5]), [7, 3, 3])
+    radius = np.repeat(np.array([8.5, 6.5, 5.5], np.float32), [7, 3, 3])
     return separate_tubes(line, ends, np.stack([radius, radius], axis=1), MU_AIR - MU_SOFT)
 
 

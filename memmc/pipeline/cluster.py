@@ -71,7 +71,6 @@ def ray_cluster(config: Config, home: Path) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    _quiet()
     parent: Path | None = None
     if config.ray.address:
         ray.init(address=config.ray.address, logging_level="error", log_to_driver=False)
@@ -87,6 +86,10 @@ def ray_cluster(config: Config, home: Path) -> Iterator[Any]:
             _temp_dir=str(parent),
         )
     try:
+        import ray.data  # sets its own log levels when it is imported
+
+        for name in ("ray", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.use_datasource_v2 = False
@@ -135,8 +138,3 @@ def _remove(folder: Path) -> None:
         if not folder.exists():
             return
         time.sleep(0.25)
-
-
-def _quiet() -> None:
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)

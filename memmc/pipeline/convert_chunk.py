@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from memmc.config import SplitConfig
-from memmc.dicom.convert import Converted, ConvertPolicy
+from memmc.dicom.convert import Converted, ConvertPolicy, rejected
 from memmc.dicom.deidentify import content_key, object_key, seal_path
 from memmc.dicom.sandbox import Sandbox
 from memmc.lake.shards import ShardFile, write_shard
@@ -84,7 +85,7 @@ def rows_of(job: IngestJob, objects: list[SourceObject]) -> Iterator[dict[str, A
         try:
             data = fetch(job.source, item, job.policy.ingest.max_file_bytes)
         except FetchFailed as failure:
-            data, converted = None, Converted(outcome="quarantined", reason=failure.reason)
+            data, converted = None, rejected(failure.reason)
         else:
             converted = sandbox.convert(data)
         yield _row(job, item, data, converted)
@@ -107,9 +108,20 @@ def _row(job: IngestJob, item: SourceObject, data: bytes | None, converted: Conv
         "label": job.labels.of(item.path, attributes.get("sop_instance_uid")),
         "preprocess_id": job.preprocess_id if stored else None,
         "pixels": converted.pixels if stored else None,
+        **pixel_statistics(converted),
         "ingest_run": job.run,
         "ingested_at": job.started,
     }
+
+
+def pixel_statistics(converted: Converted) -> dict[str, float | None]:
+    """Return mean and standard deviation of stored pixels, in [0, 1]."""
+    bits = converted.attributes.get("bits")
+    if converted.pixels is None or bits is None:
+        return {"pixel_mean": None, "pixel_std": None}
+    pixels = np.frombuffer(converted.pixels, np.uint8 if bits == 8 else "<u2")
+    scale = 2 ** int(bits) - 1
+    return {"pixel_mean": float(pixels.mean()) / scale, "pixel_std": float(pixels.std()) / scale}
 
 
 def write_partition(storage: Storage, outcome: str, split: str, rows: list[dict[str, Any]]) -> WrittenShard:

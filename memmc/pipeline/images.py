@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from memmc.config import DataConfig
-from memmc.dicom.deidentify import pseudonymous_uid
+from memmc.dicom.deidentify import keyed_uid
 from memmc.dicom.pixels import fit_mask
 from memmc.errors import DataError, UsageError
 from memmc.lake.stream import PIXEL_COLUMNS, pixels_to_array, read_rows
@@ -64,7 +64,7 @@ def read_masks(file: Path, key: bytes | None, data: DataConfig) -> dict[str, npt
     try:
         with file.open(newline="") as handle:
             rows = list(csv.DictReader(handle))
-        pairs = [(pseudonymous_uid(key, row["sop_instance_uid"]), row["path"]) for row in rows]
+        pairs = [(keyed_uid(key, row["sop_instance_uid"]), row["path"]) for row in rows]
     except (OSError, KeyError, csv.Error) as error:
         raise UsageError(f"mask table cannot be read ({type(error).__name__}); expected columns sop_instance_uid, path") from None
     masks: dict[str, npt.NDArray[np.bool_]] = {}

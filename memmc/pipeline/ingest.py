@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from memmc.config import Config
@@ -146,7 +147,7 @@ def plan(
         The job all tasks share, the number of objects already accounted for, and the new objects in listing order.
     """
     key = identity_key(config, home_directory(), progress)
-    source = normalise_source(source)
+    source = source if "://" in source else str(Path(source).absolute())
     lake = Lake(config.lake.uri)
     lake.check_key_id(key_id(key))
     labels = read_labels(label, labels_file, key)
@@ -161,13 +162,7 @@ def plan(
         cohort=cohort,
         source=source,
         storage=lake.storage,
-        policy=ConvertPolicy(
-            data=config.data,
-            select=config.select,
-            ingest=config.ingest,
-            max_date_shift_days=config.deid.max_date_shift_days,
-            key=key,
-        ),
+        policy=ConvertPolicy.from_config(config, key),
         split=config.split,
         labels=labels,
         preprocess_id=config.preprocess_id,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from memmc.dicom.deidentify import pseudonymous_uid
+from memmc.dicom.deidentify import keyed_uid
 from memmc.errors import DataError, UsageError
 
 LABELS = ("normal", "abnormal", "unknown")
@@ -76,7 +76,7 @@ def read_labels(label: str | None, labels_file: str | None, key: bytes) -> State
             raise UsageError(f"label table, line {number}: unknown label; expected one of {', '.join(LABELS)}")
         name = (row["path"] or "").strip()
         if _UID.fullmatch(name):
-            by_uid[pseudonymous_uid(key, name)] = stated
+            by_uid[keyed_uid(key, name)] = stated
         else:
             by_path[str(PurePosixPath(name))] = stated
     return StatedLabels(default=label or "unknown", by_path=by_path, by_uid=by_uid)

@@ -9,7 +9,7 @@ from typing import Any
 
 from memmc.config import Config
 from memmc.errors import ModelError, PreprocessMismatch
-from memmc.model.artifact import model_digest
+from memmc.model.digest import model_digest
 from memmc.registry.models import download, resolve
 from memmc.registry.tracking import Tracking, open_tracking
 
@@ -23,12 +23,14 @@ class OpenModel:
         digest: 16 hex digits over weights and description.
         folder: holds model.safetensors and model.json.
         info: the content of model.json.
+        run_id: the tracked run that trained it, if it is in the registry.
     """
 
     ref: str
     digest: str
     folder: Path
     info: dict[str, Any]
+    run_id: str | None = None
 
     @property
     def cohort(self) -> str:
@@ -80,4 +82,4 @@ def open_model(config: Config, home: Path, reference: str | None) -> OpenModel:
         info = json.loads((folder / "model.json").read_text())
     except (OSError, json.JSONDecodeError):
         raise ModelError(f"model {version.ref}: model.json is missing or unreadable; train or register it again") from None
-    return OpenModel(ref=version.ref, digest=model_digest(folder), folder=folder, info=info)
+    return OpenModel(ref=version.ref, digest=model_digest(folder), folder=folder, info=info, run_id=version.run_id)

@@ -10,7 +10,7 @@ from typing import Any
 
 from memmc.config import Config
 from memmc.errors import DataError
-from memmc.evaluation.report import write_report
+from memmc.evaluation.report import render_report
 from memmc.evaluation.report_data import (
     CalibrationFacts,
     Case,
@@ -31,9 +31,10 @@ from memmc.pipeline.images import read_images
 from memmc.pipeline.models import OpenModel, open_model, tracking_of
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import EvaluationResult, ReportResult
-from memmc.pipeline.select import newest_calibration, score_rows
+from memmc.pipeline.select import newest_calibration, normals, score_rows
 
 _GALLERIES = ("most_abnormal", "calmest_normals", "typical_normals", "missed_abnormals", "flagged_normals")
+_MEMORY_IMAGES = 64
 _GROUPINGS = {"manufacturer": "manufacturer", "view_position": "view position", "patient_sex": "sex"}
 
 
@@ -77,7 +78,7 @@ def report_and_evaluation(
     data = _gather(config, lake, opened, cohort, assessment)
     progress.stage("report")
     name = f"reports/{cohort}-{opened.ref.replace('/', '-v')}.html"
-    page = write_report(data)
+    page = render_report(data)
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(page, encoding="utf-8")
@@ -116,7 +117,7 @@ def _gather(config: Config, lake: Lake, model: OpenModel, cohort: str, assessmen
         groups=_groups(assessment) if assessment else (),
         **_galleries(lake, model, cohort, calibration["calibration_id"], rows, assessment),
         ingest=_account(lake, cohort),
-        memory=_memory(model),
+        memory=_memory(lake, model),
         training=_curve(config, model),
     )
 
@@ -196,15 +197,35 @@ def _provenance(config: Config, lake: Lake, model: OpenModel) -> Provenance:
     )
 
 
-def _memory(model: OpenModel) -> MemoryHealth | None:
-    layers = model.info.get("memory_health")
+def _memory(lake: Lake, model: OpenModel) -> MemoryHealth | None:
+    """How the encoder uses its memory on held-out normals; None for a model without one."""
+    import torch
+
+    from memmc.model.artifact import load_model
+    from memmc.model.memory_usage import memory_usage
+    from memmc.scoring.masks import mask_ids
+
+    loaded = load_model(model.folder)
+    uids = sorted(row["sop_instance_uid"] for row in normals(lake, model.cohort, "calibrate", model.dataset_version))
+    uids = uids[:_MEMORY_IMAGES]
+    images = torch.from_numpy(read_images(lake, model.cohort, uids, model.dataset_version)).permute(0, 3, 1, 2)
+    ids = mask_ids(loaded.digest, uids, loaded.model.num_patches, loaded.model.num_keep, 1)[:, 0]
+    with torch.inference_mode():
+        layers = memory_usage(loaded.model, (images - loaded.info.pixel_mean) / loaded.info.pixel_std, ids)
     if not layers:
         return None
-    return MemoryHealth(layers=tuple(MemoryLayer(**layer) for layer in layers))
+    return MemoryHealth(
+        layers=tuple(
+            MemoryLayer(
+                number, layer.mass, layer.slots_used, layer.num_slots, layer.entropy, uniform_mass=layer.uniform_mass
+            )
+            for number, layer in enumerate(layers, start=1)
+        )
+    )
 
 
 def _curve(config: Config, model: OpenModel) -> TrainingCurve | None:
-    history = tracking_of(config, home_directory()).metric_history(model.info.get("run_id"), "loss")
+    history = tracking_of(config, home_directory()).metric_history(model.run_id, "loss")
     return TrainingCurve(steps=[step for step, _ in history], losses=[loss for _, loss in history]) if history else None
 
 

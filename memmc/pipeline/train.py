@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import tempfile
 import time
@@ -25,8 +24,6 @@ from memmc.pipeline.results import PlanResult, TrainResult
 from memmc.pipeline.select import normals, one_preparation
 from memmc.registry.models import register
 from memmc.training.distributed import TrainingJob, fit
-
-_VERSIONS = ("memmc", "torch", "ray", "mlflow", "deltalake", "pyarrow", "pydicom")
 
 
 def preview(config: Config, cohort: str) -> PlanResult:
@@ -102,12 +99,12 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
         model_digest=model.digest,
         run=run,
         cohort=cohort,
-        steps=int(fitted.metrics["step"]),
+        steps=int(fitted.metrics["steps"]),
         loss=float(fitted.metrics["loss"]),
         num_images=len(rows),
         dataset_version=version,
         preprocess_id=model.preprocess_id,
-        train_seconds=round(float(fitted.metrics["elapsed_s"]), 1),
+        train_seconds=round(float(fitted.metrics["train_seconds"]), 1),
         seconds=round(time.monotonic() - began, 1),
         calibration=calibration.as_dict(),
     )
@@ -143,9 +140,6 @@ def training_job(config: Config, cohort: str, version: int, rows: list[dict[str,
             "cohort": cohort,
             "dataset_version": version,
             "config_id": config.config_id,
-            "seed": config.train.seed,
-            "num_images": len(rows),
-            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         },
     )
 

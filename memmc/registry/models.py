@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from memmc.errors import IntegrityError, ModelError
+from memmc.model.digest import model_digest
 from memmc.registry.tracking import Tracking
 
 CHAMPION = "champion"
@@ -47,25 +47,6 @@ class ModelVersion:
     def ref(self) -> str:
         """`name/version`, as score rows carry it."""
         return f"{self.name}/{self.version}"
-
-
-def model_digest(folder: Path) -> str:
-    """Return the first 16 hex digits of SHA-256 over model.safetensors, then model.json.
-
-    Raises:
-        ModelError: one of them is missing.
-    """
-    total = hashlib.sha256()
-    for name in (WEIGHTS, DESCRIPTION):
-        try:
-            with (folder / name).open("rb") as file:
-                while block := file.read(1 << 20):
-                    total.update(block)
-        except OSError as error:
-            raise ModelError(
-                f"a model folder without a readable {name} ({error.strerror}); expected {WEIGHTS} and {DESCRIPTION}"
-            ) from None
-    return total.hexdigest()[:16]
 
 
 def register(

@@ -163,6 +163,17 @@ class Tracking:
         self._paused_until = 0.0
         self._attempt(1, lambda: self.client.set_terminated(run_id, status))
 
+    def metric_history(self, run_id: str | None, name: str) -> list[tuple[int, float]]:
+        """Return (step, value) of a run's metric, in order of steps; empty for an unknown run.
+
+        Raises:
+            StorageError: the store cannot be reached.
+        """
+        if run_id is None:
+            return []
+        with self.reaching("read"):
+            return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, name))
+
     @contextmanager
     def reaching(self, purpose: str) -> Generator[None]:
         """Turn MLflow's and the database's failures into StorageError.

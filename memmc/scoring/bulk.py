@@ -44,7 +44,9 @@ class ScoringJob:
 
 def model_files(folder: Path) -> dict[str, bytes]:
     """Return the content of a model folder."""
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.suffix in {".json", ".safetensors"}}
+    return {
+        file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.suffix in {".json", ".safetensors"}
+    }
 
 
 class Reconstructor:
@@ -100,7 +102,7 @@ class Reconstructor:
             **{name: rows[name] for name in ("sop_instance_uid", "patient_key", "study_uid")},
             "anomaly_score": pa.array(scored.anomaly_score_B),
             "p_value": pa.array(p_values(scored.anomaly_score_B, self._job.normal_scores)),
-            "is_abnormal": pa.array(scored.anomaly_score_B >= self._job.threshold),
+            "is_abnormal": pa.array(scored.anomaly_score_B > self._job.threshold),
             "score_spread": pa.array(scored.spread_B),
             "anomaly_map": pa.array([encode_map(item) for item in scored.anomaly_map_BHW], pa.binary()),
             "map_height": pa.array([height] * rows.num_rows, pa.int32()),
@@ -109,7 +111,9 @@ class Reconstructor:
         schema = SCHEMAS[SCORES]
         for name, value in fixed.items():
             columns[name] = pa.array([value] * rows.num_rows, schema.field(name).type)
-        return pa.Table.from_arrays([_whole(columns[name]).cast(schema.field(name).type) for name in schema.names], schema=schema)
+        return pa.Table.from_arrays(
+            [_whole(columns[name]).cast(schema.field(name).type) for name in schema.names], schema=schema
+        )
 
 
 def features_of(ray: Any, dataset: Any, job: ScoringJob) -> Iterator[pa.Table]:

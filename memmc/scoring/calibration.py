@@ -31,7 +31,7 @@ def p_values(scores: ArrayLike, normal_scores: ArrayLike) -> Floats:
     if not np.isfinite(values).all():
         raise DataError(f"{int((~np.isfinite(values)).sum())} scores are not finite; no p-value exists for them")
     at_least = normals.size - np.searchsorted(normals, values, side="left")
-    return (1.0 + at_least) / (normals.size + 1.0)
+    return ((1.0 + at_least) / (normals.size + 1.0)).astype(np.float64)
 
 
 def smallest_rate(num_normals: int) -> float:

@@ -279,7 +279,7 @@ def fit_and_calibrate(
     fold_of = {patients[place]: position % folds for position, place in enumerate(order)}
     fold_N = np.array([fold_of[key] for key in patient_keys])
     scores_N = np.empty(len(normals))
-    maps: list[NDArray[np.float32]] = []
+    maps: list[NDArray[np.floating]] = []
     for fold in range(folds):
         batch = scorer.fit(normals.take(fold_N != fold)).score_features(normals.take(fold_N == fold))
         scores_N[fold_N == fold] = batch.anomaly_score_B

@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote_to_bytes, urlsplit
 from memmc.errors import StorageError, UsageError
 
 READ_CHUNK_BYTES = 8 << 20
+S3_PAGE_KEYS = 1000
 
 FILE_SYMLINK = "FILE_SYMLINK"
 FILE_NOT_REGULAR = "FILE_NOT_REGULAR"
@@ -277,7 +278,7 @@ def _page(bucket: str, prefix: str, more: dict[str, Any]) -> dict[str, Any]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        return _client().list_objects_v2(Bucket=bucket, Prefix=prefix, **more)
+        return _client().list_objects_v2(Bucket=bucket, Prefix=prefix, **{"MaxKeys": S3_PAGE_KEYS, **more})
     except ClientError as error:
         code = str(error.response.get("Error", {}).get("Code", ""))
         raise StorageError(f"the S3 source cannot be listed ({code}); check bucket and AWS_* variables") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from memmc.config import ModelConfig, TrainConfig
-from memmc.errors import TrainingError
+from memmc.errors import MemmcError, TrainingError
 
 _POLL_S = 1.0
 _MODEL = "model"
@@ -29,7 +30,7 @@ class TrainingJob:
         pixel_std: of the training images, in [0, 1].
         num_images: training images over all workers.
         cached: each worker keeps its share in memory.
-        description: what else goes into the model's description.
+        description: preprocess_id, cohort, dataset_version and config_id, for the model's description.
     """
 
     model: ModelConfig
@@ -183,7 +184,7 @@ def _worker(settings: dict[str, Any]) -> None:
     from ray.train import Checkpoint
     from ray.train.torch import get_device
 
-    from memmc.model.artifact import export_model
+    from memmc.model.artifact import ModelInfo, export_model
     from memmc.model.mae import MemMCMAE
     from memmc.training.loop import train
 
@@ -232,7 +233,18 @@ def _worker(settings: dict[str, Any]) -> None:
             outcome = run(Path(folder))
 
     def save_model(folder: Path) -> None:
-        export_model(folder / _MODEL, outcome.ema_model, {**job.description, **outcome.as_dict()})
+        steps, seconds = outcome.steps, round(outcome.train_seconds, 1)
+        info = ModelInfo(
+            image_size=job.image_size,
+            channels=job.channels,
+            pixel_mean=job.pixel_mean,
+            pixel_std=job.pixel_std,
+            steps=steps,
+            train_seconds=seconds,
+            seed=job.train.seed,
+            **job.description,
+        )
+        export_model(folder / _MODEL, outcome.ema_model, info)
 
     on_checkpoint(save_model, outcome.as_dict())
 
@@ -258,10 +270,12 @@ def _feed(job: TrainingJob, shard: Any, rank: int, world_size: int) -> Any:
 
 
 def _root_cause(error: BaseException) -> str:
-    """Name the first worker's error; its own text only if it was raised on purpose."""
+    """Name the first worker's error and its place in the code; its own text only if it was raised on purpose."""
     failures = getattr(error, "worker_failures", {}) or {}
     for rank, failure in sorted(failures.items()):
         cause = getattr(failure, "cause", failure)
-        text = str(cause) if isinstance(cause, TrainingError) else type(cause).__name__
-        return f"worker {rank}: {text}"
+        if isinstance(cause, MemmcError):
+            return f"worker {rank}: {cause}"
+        places = re.findall(r'File ".*?([^/"]+/[^/"]+)", line (\d+)', str(failure))
+        return f"worker {rank}: {type(cause).__name__}" + (f" at {':'.join(places[-1])}" if places else "")
     return type(error).__name__

@@ -68,10 +68,10 @@ def test_roc_curve_equals_sklearn_and_its_area() -> None:
     assert area == pytest.approx(auroc(labels, scores), abs=1e-12)
 
 
-def test_operating_points_count_scores_at_the_threshold() -> None:
+def test_operating_points_flag_only_above_the_threshold() -> None:
     points = operating_points([0, 0, 0, 1, 1], [0.1, 0.2, 0.3, 0.2, 0.9], [0.2, 0.25, 5])
     assert [(p.sensitivity, p.false_positive_rate) for p in points] == [
-        (1.0, pytest.approx(2 / 3)),
+        (0.5, pytest.approx(1 / 3)),
         (0.5, pytest.approx(1 / 3)),
         (0.0, 0.0),
     ]
@@ -190,7 +190,7 @@ def test_bad_inputs_are_refused() -> None:
 
 def test_evaluate_scores_gathers_the_parts() -> None:
     labels, scores, patients = tied_sample(10)
-    flagged = scores >= 1.0
+    flagged = scores > 1.0
     result = evaluate_scores(labels, scores, flagged, patients, resamplings=200, confidence=0.9, seed=1)
     assert result.auroc == auroc(labels, scores)
     assert result.auroc_interval == patient_bootstrap(labels, scores, patients, auroc, 200, 0.9, 1)

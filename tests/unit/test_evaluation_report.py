@@ -58,7 +58,7 @@ def make_case(rng: np.random.Generator, label: str, score: float) -> Case:
         anomaly_map=anomaly_map.astype(np.float16),
         anomaly_score=score,
         p_value=float(np.clip(np.exp(-(score - 8) / 4), 0.0024, 1)),
-        is_abnormal=score >= THRESHOLD,
+        is_abnormal=score > THRESHOLD,
         label=label,
         mask=mask if label == "abnormal" else None,
         score_spread=0.31,
@@ -70,7 +70,7 @@ def demo_report(seed: int = 0) -> ReportData:
     rng = np.random.default_rng(seed)
     labels = np.arange(NUM_NORMAL + NUM_ABNORMAL) >= NUM_NORMAL
     scores = rng.gamma(18, 0.8, labels.size) + labels * rng.gamma(3, 2.4, labels.size)
-    flagged, patients = scores >= THRESHOLD, np.arange(labels.size) // 2
+    flagged, patients = scores > THRESHOLD, np.arange(labels.size) // 2
     settings = {"resamplings": 300, "confidence": 0.95, "seed": 0}
     controls = {
         "pca_8x8": rng.normal(size=labels.size) + 0.7 * labels,
@@ -126,7 +126,7 @@ def demo_report(seed: int = 0) -> ReportData:
             IngestCount("quarantined", "burned_in_annotation", 29),
         ),
         memory=MemoryHealth(
-            tuple(MemoryLayer(n, 0.08 + 0.03 * n, 16 - n, 16, 0.93 - 0.05 * n) for n in range(1, 7)), 0.801
+            tuple(MemoryLayer(n, 0.08 + 0.03 * n, 16 - n, 16, 0.93 - 0.05 * n, 0.485) for n in range(1, 7)), 0.801
         ),
         training=TrainingCurve(
             steps, 0.9 * np.exp(-steps / 900) + 0.18 + 0.02 * rng.normal(size=steps.size), steps[99::100],
@@ -196,6 +196,7 @@ def test_headline_numbers_are_the_inputs(demo: ReportData, html: str) -> None:
         "cal-20260301-0930",
         "30 min 03 s",
         "0.801",
+        "48.5% if even",
     ):
         assert value in page.text
     assert "21.6 at 5.0% false positives, from 412 normals" in page.text

@@ -1,49 +1,16 @@
 import pickle
 import threading
-from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
+from lake_rows import NOW, instance_rows, label_rows
 
 from memmc.errors import DataError, IdentityKeyError, IntegrityError
 from memmc.lake import shards
 from memmc.lake.files import write_rows
 from memmc.lake.schemas import CALIBRATIONS, INSTANCES, LABELS, SCHEMAS, SCORES, conform
 from memmc.lake.tables import Lake
-
-NOW = datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
-
-
-def instance_rows(start: int = 0, num: int = 6, cohort: str = "a") -> pa.Table:
-    outcomes = ["stored", "stored", "stored", "duplicate", "excluded", "quarantined"]
-    splits = ["train", "calibrate", "test", "none", "none", "none"]
-    rows = []
-    for index in range(start, start + num):
-        outcome = outcomes[index % 6]
-        rows.append(
-            {
-                "cohort": cohort,
-                "object_key": f"{index:064x}",
-                "source_ref": f"ref{index}",
-                "outcome": outcome,
-                "split": splits[index % 6],
-                "reason": None if outcome == "stored" else "FILE_EMPTY",
-                "content_key": f"{index:064x}",
-                "size_bytes": index,
-                "patient_key": f"p{index}",
-                "sop_instance_uid": f"uid{index}",
-                "label": "unknown",
-                "pixels": bytes([index % 256]) * 16 if outcome == "stored" else None,
-                "height": 4,
-                "width": 4,
-                "channels": 1,
-                "bits": 8,
-                "ingest_run": "run",
-                "ingested_at": NOW,
-            }
-        )
-    return pa.Table.from_pylist(rows)
 
 
 def test_commit_read_and_time_travel(tmp_path):
@@ -131,21 +98,6 @@ def test_files_prune(tmp_path):
     assert lake.read(INSTANCES, ["split"], filter={"cohort": "c"}).num_rows == 0
     assert lake.read(INSTANCES, ["outcome", "split"], filter={"split": "none"}).num_rows == 6
     assert lake.read(INSTANCES, ["object_key"], filter={"reason": None}).num_rows == 6
-
-
-def label_rows(rows: list[tuple[str, str, int]], cohort: str = "a") -> pa.Table:
-    return pa.Table.from_pylist(
-        [
-            {
-                "cohort": cohort,
-                "sop_instance_uid": uid,
-                "label": label,
-                "source": "reader",
-                "labelled_at": NOW + timedelta(seconds=seconds),
-            }
-            for uid, label, seconds in rows
-        ]
-    )
 
 
 def test_the_newest_opinion_is_the_label(tmp_path):

@@ -1,0 +1,189 @@
+"""How a flow meets its caller: parameters that may be shown, errors that come out as they went in.
+
+Prefect's API shows parameters, logs and error texts verbatim. So parameters are
+a plain dictionary of settings without credentials, and only errors of
+`memmc.errors`, whose texts never hold patient data, are let into Prefect with
+their text; the caller in the same process gets the original.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.embedded import await_server, prepare
+from flows.progress import Both, PrefectProgress
+from memmc.config import Config, load_config
+from memmc.errors import MemmcError, StorageError, UsageError
+from memmc.pipeline.progress import Progress
+from memmc.pipeline.results import Result
+
+if TYPE_CHECKING:
+    from prefect import Flow
+
+logger = logging.getLogger(__name__)
+
+Overrides = dict[str, dict[str, Any]]
+RETRY_DELAYS_S = [2.0, 10.0]
+_CREDENTIALS = re.compile(r"://[^/@\s]*@")
+
+
+class StepError(RuntimeError):
+    """A step failed in a way nobody foresaw; the text of the original error is withheld."""
+
+
+@dataclass
+class Caller:
+    """The caller in the same process, if there is one: a deployed run has none."""
+
+    config: Config
+    progress: Progress
+    error: BaseException | None = None
+
+
+_CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
+
+
+def call_flow(
+    flow: Callable[[], Flow[..., dict[str, Any]]],
+    parameters: Mapping[str, Any],
+    *,
+    config: Config,
+    home: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Run a flow in this process and return its result.
+
+    Args:
+        flow: gives the flow; called when Prefect may be imported.
+        parameters: the flow's parameters but `config`.
+        home: the working directory's `.memmc`.
+        progress: fed beside Prefect's own progress artifacts.
+
+    Raises:
+        UsageError: a parameter holds credentials.
+        StorageError: the Prefect server cannot be reached.
+        MemmcError: what the step raised.
+    """
+    shown = {**parameters, "config": overrides_of(config)}
+    refuse_credentials(shown)
+    prepare(home)
+    progress.stage("prefect")
+    await_server()
+    caller = Caller(config, progress)
+    token = _CALLER.set(caller)
+    try:
+        return flow()(**shown)
+    except Exception as error:  # noqa: BLE001 - the boundary: nothing of Prefect's may hide what the step raised
+        failure = caller.error or _explain(error)
+    finally:
+        _CALLER.reset(token)
+    raise failure
+
+
+def run_step(key: str, config: Overrides | None, step: Callable[[Config, Progress], Result | None]) -> dict[str, Any]:
+    """Do one step inside a task: resolve the configuration, show progress, let only shareable errors out.
+
+    Args:
+        key: stem of the progress artifacts' keys.
+        config: the flow's parameter.
+        step: calls the pipeline; its None becomes an empty result.
+
+    Raises:
+        MemmcError: as the step raised it, without the chain of errors behind it.
+        StepError: for any other error, without its text.
+    """
+    caller = _CALLER.get()
+    try:
+        resolved = caller.config if caller else config_of(config)
+        with PrefectProgress(key) as shown:
+            result = step(resolved, Both(caller.progress, shown) if caller else shown)
+        return {} if result is None else result.as_dict()
+    except Exception as error:  # noqa: BLE001 - the boundary to an API that shows error texts
+        if caller:
+            caller.error = error
+        failure = _shareable(error)
+    # Raised here and not above, so that no traceback in Prefect's log leads to the original.
+    raise failure
+
+
+def is_transient(_task: Any, _run: Any, state: Any) -> bool:
+    """Say whether a failed task is worth another try: only when a place could not be reached."""
+    return isinstance(state.data, StorageError)
+
+
+def overrides_of(config: Config) -> Overrides:
+    """Return the settings in which `config` differs from the defaults of its preset, as plain JSON values."""
+    baseline = Config.model_validate({"train": {"preset": config.train.preset}}).model_dump(mode="json")
+    tree = config.model_dump(mode="json")
+    found = {
+        section: {key: value for key, value in fields.items() if value != baseline[section][key]}
+        for section, fields in tree.items()
+    }
+    found["train"] |= {"preset": config.train.preset} if config.train.preset != Config().train.preset else {}
+    return {section: fields for section, fields in found.items() if fields}
+
+
+def config_of(overrides: Overrides | None) -> Config:
+    """Return the configuration of a deployed run: its parameter over the environment over the defaults.
+
+    Raises:
+        ConfigError: unknown key or value out of range.
+    """
+    settings = [f"{s}.{k}={_text(value)}" for s, fields in (overrides or {}).items() for k, value in fields.items()]
+    return load_config(env=os.environ, overrides=settings)
+
+
+def refuse_credentials(parameters: Any) -> None:
+    """Refuse URIs with a user or password in them, since Prefect stores and shows parameters.
+
+    Raises:
+        UsageError: saying where such values belong.
+    """
+    if isinstance(parameters, Mapping):
+        for value in parameters.values():
+            refuse_credentials(value)
+    elif isinstance(parameters, str) and _CREDENTIALS.search(parameters):
+        raise UsageError(
+            "a URI holds a user or password, which Prefect would store and show; put credentials into the environment "
+            "(AWS_*, MLFLOW_TRACKING_USERNAME and _PASSWORD, PGPASSWORD), or run without --flow"
+        )
+
+
+def _shareable(error: Exception) -> Exception:
+    if isinstance(error, MemmcError):
+        return type(error)(str(error))
+    if isinstance(error, ConnectionError | TimeoutError):
+        return StorageError(f"a connection failed ({type(error).__name__}); check the network and the servers named")
+    return StepError(
+        f"unexpected {type(error).__name__}; its text is withheld here as it may hold patient data: "
+        "it stands in the terminal or log of the process that ran the step"
+    )
+
+
+def _explain(error: Exception) -> Exception:
+    """Turn a failure to reach Prefect's server into an error of the tree."""
+    import httpx
+    from prefect.exceptions import PrefectException
+
+    if isinstance(error, httpx.HTTPError | PrefectException | OSError):
+        return StorageError(
+            f"the Prefect server failed ({type(error).__name__}); check PREFECT_API_URL and that its server runs, "
+            "or run without --flow"
+        )
+    return error
+
+
+def _text(value: Any) -> str:
+    """Write a value as `--set` takes it."""
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,86 @@
+"""The ingest flow: one step, its account as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, is_transient, run_step
+from flows.naming import Cohort, artifact_key, run_name
+from memmc.config import Config
+from memmc.pipeline.progress import Progress
+from memmc.pipeline.results import IngestResult, Result
+
+_OUTCOMES = ("stored", "duplicate", "excluded", "quarantined")
+
+
+def run(
+    config: Config,
+    source: str,
+    cohort: str,
+    label: str | None = None,
+    labels_file: str | None = None,
+    *,
+    home: Path,
+    progress: Progress,
+) -> IngestResult:
+    """Run the flow in this process; as `memmc.pipeline.ingest.ingest`, with Prefect watching."""
+    parameters = {"source": source, "cohort": cohort, "label": label, "labels_file": labels_file}
+    account = call_flow(lambda: ingest_flow, parameters, config=config, home=home, progress=progress)
+    return IngestResult(**account)
+
+
+@flow(name="ingest", flow_run_name=run_name("ingest"), persist_result=False, result_serializer="json")
+def ingest_flow(
+    source: str,
+    cohort: Cohort,
+    config: Overrides | None = None,
+    label: str | None = None,
+    labels_file: str | None = None,
+) -> dict[str, Any]:
+    """Bring DICOM objects into the lake: each becomes one row, with pixels or with a reason.
+
+    Args:
+        source: folder or s3:// prefix of DICOM objects.
+        cohort: name the rows are filed under.
+        config: settings that differ from the defaults, by section; never key material.
+        label: normal, abnormal or unknown, for every object.
+        labels_file: CSV of labels by path or SOPInstanceUID.
+    """
+    account = ingest_objects(source, cohort, config, label, labels_file)
+    publish_account(cohort, account)
+    return account
+
+
+@task(
+    name="ingest-objects",
+    retries=len(RETRY_DELAYS_S),
+    retry_delay_seconds=RETRY_DELAYS_S,
+    retry_condition_fn=is_transient,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    result_serializer="json",
+)
+def ingest_objects(
+    source: str, cohort: str, config: Overrides | None, label: str | None, labels_file: str | None
+) -> dict[str, Any]:
+    """List, convert and commit; safe to try again, since nothing is committed before the end."""
+
+    def step(resolved: Config, progress: Progress) -> Result:
+        from memmc.pipeline.ingest import ingest
+
+        return ingest(resolved, source, cohort, label=label, labels_file=labels_file, progress=progress)
+
+    return run_step(f"ingest-{cohort}", config, step)
+
+
+def publish_account(cohort: str, account: dict[str, Any]) -> None:
+    """Show how many objects ended where, and why."""
+    rows = [{"": "seen", "objects": account["seen"]}]
+    rows += [{"": outcome, "objects": account[outcome]} for outcome in _OUTCOMES]
+    rows += [{"": f"reason {reason}", "objects": count} for reason, count in sorted(account["reasons"].items())]
+    create_table_artifact(rows, key=artifact_key("ingest", cohort), description=f"Table version {account['version']}")

@@ -1,0 +1,117 @@
+"""The score flow: score what is not scored yet; measure and report on request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, is_transient, run_step
+from flows.naming import Cohort, artifact_key, run_name
+from flows.summary import as_markdown
+from memmc.config import Config
+from memmc.errors import DataError
+from memmc.pipeline.progress import Progress
+from memmc.pipeline.results import Result, ScoreResult
+
+_ON_STORAGE: dict[str, Any] = {
+    "retries": len(RETRY_DELAYS_S),
+    "retry_delay_seconds": RETRY_DELAYS_S,
+    "retry_condition_fn": is_transient,
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "result_serializer": "json",
+}
+
+
+def run(
+    config: Config,
+    cohort: str,
+    model: str | None = None,
+    *,
+    home: Path,
+    progress: Progress,
+    evaluate: bool = False,
+    report: bool = False,
+) -> ScoreResult:
+    """Run the flow in this process; as `memmc.pipeline.score.score`, with Prefect watching."""
+    parameters = {"cohort": cohort, "model": model, "evaluate": evaluate, "report": report}
+    scored = call_flow(lambda: score_flow, parameters, config=config, home=home, progress=progress)
+    return ScoreResult(**scored)
+
+
+@flow(name="score", flow_run_name=run_name("score"), persist_result=False, result_serializer="json")
+def score_flow(
+    cohort: Cohort,
+    model: str | None = None,
+    config: Overrides | None = None,
+    evaluate: bool = False,
+    report: bool = False,
+) -> dict[str, Any]:
+    """Score every stored instance of a cohort that this model and calibration have not scored yet.
+
+    Args:
+        cohort: whose instances.
+        model: name, name/version or name@alias; the champion when absent.
+        config: settings that differ from the defaults, by section; never key material.
+        evaluate: measure the model on the cohort, if it is labelled.
+        report: write the HTML report.
+    """
+    scored = score_instances(cohort, model, config)
+    create_markdown_artifact(as_markdown("Scored instances", scored), key=artifact_key("score", cohort))
+    if evaluate and (measured := evaluate_model(cohort, scored["model"], config)):
+        create_markdown_artifact(as_markdown("Evaluation", measured), key=artifact_key("evaluate", cohort))
+    if report:
+        written = write_report(cohort, scored["model"], config)
+        create_link_artifact(as_link(written["report"]), link_text="Report", key=artifact_key("report", cohort))
+    return scored
+
+
+@task(name="score-instances", **_ON_STORAGE)
+def score_instances(cohort: str, model: str | None, config: Overrides | None) -> dict[str, Any]:
+    """Score and commit; a second try scores only what is still missing."""
+
+    def step(resolved: Config, progress: Progress) -> Result:
+        from memmc.pipeline.score import score
+
+        return score(resolved, cohort, model, progress=progress)
+
+    return run_step(f"score-{cohort}", config, step)
+
+
+@task(name="evaluate-model", **_ON_STORAGE)
+def evaluate_model(cohort: str, model: str, config: Overrides | None) -> dict[str, Any]:
+    """Measure; an empty result when the cohort is not labelled."""
+
+    def step(resolved: Config, progress: Progress) -> Result | None:
+        from memmc.pipeline.evaluate import evaluate
+
+        try:
+            return evaluate(resolved, cohort, model, progress=progress)
+        except DataError as error:
+            if type(error) is not DataError:
+                raise
+            progress.message(f"not evaluated: {error}")
+            return None
+
+    return run_step(f"evaluate-{cohort}", config, step)
+
+
+@task(name="write-report", **_ON_STORAGE)
+def write_report(cohort: str, model: str, config: Overrides | None) -> dict[str, Any]:
+    """Write the report into the lake."""
+
+    def step(resolved: Config, progress: Progress) -> Result:
+        from memmc.pipeline.report import report
+
+        return report(resolved, cohort, model, progress=progress)
+
+    return run_step(f"report-{cohort}", config, step)
+
+
+def as_link(place: str) -> str:
+    """Return a path as a file: URI, a URI as it is."""
+    return place if "://" in place else Path(place).absolute().as_uri()

@@ -1,0 +1,57 @@
+"""The train flow: a registered and calibrated model, summarised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, is_transient, run_step
+from flows.naming import Cohort, artifact_key, run_name
+from flows.summary import as_markdown
+from memmc.config import Config
+from memmc.pipeline.progress import Progress
+from memmc.pipeline.results import Result, TrainResult
+
+
+def run(config: Config, cohort: str, *, home: Path, progress: Progress) -> TrainResult:
+    """Run the flow in this process; as `memmc.pipeline.train.train`, with Prefect watching."""
+    trained = call_flow(lambda: train_flow, {"cohort": cohort}, config=config, home=home, progress=progress)
+    return TrainResult(**trained)
+
+
+@flow(name="train", flow_run_name=run_name("train"), persist_result=False, result_serializer="json")
+def train_flow(cohort: Cohort, config: Overrides | None = None) -> dict[str, Any]:
+    """Learn a cohort's normal scans, calibrate on held-out ones, register the model.
+
+    Args:
+        cohort: whose normal instances to learn.
+        config: settings that differ from the defaults, by section; never key material.
+    """
+    trained = train_model(cohort, config)
+    create_markdown_artifact(as_markdown("Trained model", trained), key=artifact_key("train", cohort))
+    return trained
+
+
+# One more try at most: a worker that dies is Ray's to restart, and a second training is dear.
+@task(
+    name="train-model",
+    retries=1,
+    retry_delay_seconds=RETRY_DELAYS_S[:1],
+    retry_condition_fn=is_transient,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    result_serializer="json",
+)
+def train_model(cohort: str, config: Overrides | None) -> dict[str, Any]:
+    """Train, calibrate and register."""
+
+    def step(resolved: Config, progress: Progress) -> Result:
+        from memmc.pipeline.train import train
+
+        return train(resolved, cohort, progress=progress)
+
+    return run_step(f"train-{cohort}", config, step)

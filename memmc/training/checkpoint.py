@@ -1,0 +1,149 @@
+"""Checkpoints of a run in progress: safetensors and JSON only, verified when read.
+
+A checkpoint is a folder with `weights.safetensors`, `average.safetensors`, `optimizer.safetensors` and, written last,
+`state.json` with the counters and the SHA-256 of the others. Randomness needs no file: what a step draws follows
+from (seed, rank, step).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from memmc.errors import IntegrityError, ModelError
+from memmc.model.mae import MemMCMAE
+from memmc.training.optim import WeightAverage
+
+FORMAT = 1
+STATE_FILE = "state.json"
+TENSOR_FILES = ("weights.safetensors", "average.safetensors", "optimizer.safetensors")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Counters of a run.
+
+    Attributes:
+        step: optimiser steps done.
+        epoch: the next epoch to begin; an epoch cut short is not begun again.
+        elapsed_s: wall time of the loop so far, over all attempts, s.
+        images: images seen by all workers.
+        seed: of the run.
+        losses: of the last steps.
+    """
+
+    step: int
+    epoch: int
+    elapsed_s: float
+    images: int
+    seed: int
+    losses: tuple[float, ...] = ()
+
+
+def save_checkpoint(
+    folder: str | Path, model: MemMCMAE, average: WeightAverage, optimizer: torch.optim.Optimizer, state: RunState
+) -> None:
+    """Write a checkpoint; a reader sees all of it or none."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = (model.state_dict(), average.model.state_dict(), _optimizer_tensors(model, optimizer))
+    with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as aside:
+        for name, content in zip(TENSOR_FILES, tensors, strict=True):
+            save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, Path(aside, name))
+        document = {
+            "format": FORMAT,
+            "model": _model_identity(model),
+            "state": asdict(state),
+            "average_updates": average.updates,
+            "sha256": {name: _sha256(Path(aside, name)) for name in TENSOR_FILES},
+        }
+        Path(aside, STATE_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+        (target / STATE_FILE).unlink(missing_ok=True)
+        for name in (*TENSOR_FILES, STATE_FILE):
+            os.replace(Path(aside, name), target / name)  # noqa: PTH105 - the atomic one
+
+
+def load_checkpoint(
+    folder: str | Path, model: MemMCMAE, average: WeightAverage, optimizer: torch.optim.Optimizer
+) -> RunState:
+    """Put a checkpoint's content into the three objects and return its counters.
+
+    Nothing is changed unless every file is sound.
+
+    Raises:
+        IntegrityError: a file is not the one that was written.
+        ModelError: unfinished, of another format, or of another model.
+    """
+    document = _read_document(Path(folder, STATE_FILE))
+    if document["model"] != _model_identity(model):
+        raise ModelError("checkpoint is of another model configuration; give this run a new name or the old config")
+    content: list[dict[str, Tensor]] = []
+    for name in TENSOR_FILES:
+        path = Path(folder, name)
+        try:
+            found = _sha256(path)
+            if found != document["sha256"][name]:
+                raise IntegrityError(f"checkpoint file {name} has SHA-256 {found[:12]}.., not the recorded one")
+            content.append(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"checkpoint file {name} cannot be read ({type(error).__name__})") from None
+    weights, averages, moments = content
+    model.load_state_dict(weights)
+    average.model.load_state_dict(averages)
+    average.updates = int(document["average_updates"])
+    _restore_optimizer(model, optimizer, moments)
+    return RunState(**(document["state"] | {"losses": tuple(document["state"]["losses"])}))
+
+
+def _model_identity(model: MemMCMAE) -> dict[str, Any]:
+    return {
+        "config": model.config.model_dump(mode="json"),
+        "image_size": model.image_size,
+        "channels": model.channels,
+    }
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"checkpoint without a readable {STATE_FILE} ({type(error).__name__})") from None
+    keys = {"format", "model", "state", "average_updates", "sha256"}
+    if not isinstance(document, dict) or set(document) != keys or document["format"] != FORMAT:
+        raise ModelError(f"{STATE_FILE} is not a checkpoint of format {FORMAT}")
+    return document
+
+
+def _optimizer_tensors(model: MemMCMAE, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state by parameter name and moment: ``encoder.class_token/exp_avg``."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = value
+    return tensors
+
+
+def _restore_optimizer(model: MemMCMAE, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for joined, value in tensors.items():
+        name, _, key = joined.rpartition("/")
+        by_name.setdefault(name, {})[key] = value
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    state = {number: by_name[name] for number, name in enumerate(order) if name in by_name}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

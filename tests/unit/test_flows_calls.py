@@ -1,0 +1,94 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flows.calls import config_of, is_transient, overrides_of, refuse_credentials
+from flows.naming import artifact_key
+from flows.summary import as_markdown
+from memmc.config import Config, load_config
+from memmc.errors import ConfigError, DataError, StorageError, UsageError
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["lake.uri=s3://bucket/prefix", "ray.num_cpus=4", "select.modalities=CR,DX", "train.use_gpu=false"],
+        ["train.preset=small"],
+        ["train.preset=small", "model.encoder_dim=192", "model.memory_slots=16"],
+        ["train.preset=base", "score.scorer=gms", "deid.key_file=/keys/key", "train.base_lr=0.00037"],
+        ["model.norm_pix_loss=true", "split.train=0.66", "split.calibrate=0.17", "split.test=0.17"],
+    ],
+)
+def test_overrides_give_back_the_same_configuration(settings, monkeypatch):
+    config = load_config(overrides=settings)
+    overrides = json.loads(json.dumps(overrides_of(config)))
+    assert config_of(overrides) == config
+    assert sum(len(fields) for fields in overrides.values()) <= len(settings)
+
+
+def test_only_what_differs_is_shown():
+    assert overrides_of(Config()) == {}
+    assert overrides_of(load_config(overrides=["train.preset=small", "score.passes=8"])) == {
+        "train": {"preset": "small"},
+        "score": {"passes": 8},
+    }
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(["tiny", "small", "base"]), st.sampled_from([192, 384, 768]), st.sampled_from([0, 16, 40]))
+def test_explicit_values_equal_to_another_presets_default_survive(preset, dim, slots):
+    config = load_config(overrides=[f"train.preset={preset}", f"model.encoder_dim={dim}", f"model.memory_slots={slots}"])
+    assert config_of(overrides_of(config)) == config
+
+
+def test_a_deployed_run_takes_its_parameter_over_the_environment(monkeypatch):
+    monkeypatch.setenv("MEMMC_TRACKING__URI", "http://mlflow:5000")
+    monkeypatch.setenv("MEMMC_SCORE__PASSES", "8")
+    config = config_of({"score": {"passes": 4}})
+    assert (config.tracking.uri, config.score.passes) == ("http://mlflow:5000", 4)
+
+
+@pytest.mark.parametrize("overrides", [{"nothing": {"x": 1}}, {"train": {"sed": 1}}, {"data": {"bits": 12}}])
+def test_a_wrong_parameter_is_refused(overrides):
+    with pytest.raises(ConfigError):
+        config_of(overrides)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"source": "s3://key:secret@bucket/x"},
+        {"config": {"tracking": {"uri": "postgresql://memmc:pw@db/mlflow"}}},
+    ],
+)
+def test_credentials_never_become_parameters(parameters):
+    with pytest.raises(UsageError, match="environment") as caught:
+        refuse_credentials(parameters)
+    assert "secret" not in str(caught.value)
+
+
+def test_plain_places_are_accepted():
+    refuse_credentials({"source": "s3://bucket/a@b", "config": {"tracking": {"uri": "http://mlflow:5000"}}, "label": None})
+
+
+def test_only_a_place_out_of_reach_is_worth_another_try():
+    class State:
+        def __init__(self, data):
+            self.data = data
+
+    assert is_transient(None, None, State(StorageError("x")))
+    assert not any(is_transient(None, None, State(e)) for e in (DataError("x"), ValueError("x"), OSError("x")))
+
+
+@pytest.mark.parametrize("cohort", ["cxr_2026.a", "a--b", "a", "x" * 64])
+def test_artifact_keys_have_prefects_alphabet(cohort):
+    assert artifact_key("ingest", cohort).replace("-", "").isalnum()
+    assert artifact_key("ingest", cohort) == artifact_key("ingest", cohort).lower()
+
+
+def test_markdown_flattens_and_escapes():
+    text = as_markdown("T", {"a": 0.123456, "b": {"c": "x|y"}, "d": None})
+    assert text.splitlines() == ["## T", "", "| | |", "|---|---|", "| a | 0.1235 |", "| b.c | x\\|y |"]

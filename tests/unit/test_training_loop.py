@@ -1,0 +1,203 @@
+"""The loop: it learns, repeats itself bit by bit, resumes, and stops for the right reasons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memmc.config import ModelConfig, TrainConfig
+from memmc.errors import TrainingError
+from memmc.model.mae import MemMCMAE
+from memmc.training import loop
+from memmc.training.loop import TrainOutcome, step_seed, train
+
+MODEL = ModelConfig(
+    encoder_dim=32, encoder_depth=2, encoder_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2, memory_slots=4
+)
+CONFIG = TrainConfig(max_steps=20, max_minutes=60.0, batch_size=16, base_lr=0.1, warmup=0.2, ema_decay=0.9, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def blobs(number: int = 64, seed: int = 0) -> np.ndarray:
+    """Smooth 16-bit images: one bright blob each, so that hidden patches follow from visible ones."""
+    rng = np.random.default_rng(seed)
+    row, column = np.mgrid[0:32, 0:32] / 32.0
+    centre = rng.uniform(0.3, 0.7, (number, 2, 1, 1))
+    width = rng.uniform(0.2, 0.4, (number, 1, 1))
+    image = np.exp(-((row - centre[:, 0]) ** 2 + (column - centre[:, 1]) ** 2) / width**2)
+    return (image * 65_535).astype(np.uint16)[..., None]
+
+
+IMAGES = blobs()
+GOLDEN_FIRST, GOLDEN_LAST = 1.5044, 0.8503
+"""Loss on all images under one mask, before the first and after the twentieth step."""
+
+STATS = {"bits": 16, "pixel_mean": 0.45, "pixel_std": 0.3}
+
+
+def batches(epoch: int) -> Iterator[np.ndarray]:
+    order = np.random.default_rng(epoch).permutation(len(IMAGES))
+    for start in range(0, len(order), 16):
+        yield IMAGES[order[start : start + 16]]
+
+
+def run(config: TrainConfig = CONFIG, source: Callable = batches, **options: object) -> tuple[MemMCMAE, TrainOutcome]:
+    torch.manual_seed(0)
+    model = MemMCMAE(MODEL, 32)
+    return model, train(model, source, config, **STATS, **options)
+
+
+def test_golden_loss_curve() -> None:
+    curves = []
+    for _ in range(2):
+        logged: list[dict] = []
+        model, outcome = run(on_log=logged.append)
+        curves.append(([entry["loss"] for entry in logged], [p.detach().clone() for p in model.parameters()], outcome))
+    assert curves[0][0] == curves[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(curves[0][1], curves[1][1], strict=True))
+    assert curves[0][2].loss == curves[1][2].loss
+    images = torch.from_numpy(IMAGES.astype(np.float32))[..., 0].div(65_535).sub(0.45).div(0.3)[:, None]
+    torch.manual_seed(0)
+    fresh = MemMCMAE(MODEL, 32)
+    with torch.no_grad():
+        first, last = (
+            net(images, generator=torch.Generator().manual_seed(1)).loss.item()
+            for net in (fresh, curves[0][2].ema_model)
+        )
+    assert first == pytest.approx(GOLDEN_FIRST, abs=0.02)
+    assert last < GOLDEN_LAST + 0.02
+
+
+def test_metrics_and_outcome() -> None:
+    logged: list[dict] = []
+    _, outcome = run(on_log=logged.append)
+    assert [entry["step"] for entry in logged] == [8, 16]
+    assert {*logged[0]} == {
+        "step", "epoch", "progress", "loss", "lr", "grad_norm", "images_per_s", "data_wait", "elapsed_s"
+    }  # fmt: skip
+    assert all(math.isfinite(value) for entry in logged for value in entry.values())
+    assert all(0.0 <= entry["data_wait"] <= 1.0 for entry in logged)
+    assert logged[1]["epoch"] == 3
+    assert outcome.as_dict() == {
+        "steps": 20, "epochs": 5, "train_seconds": outcome.train_seconds, "loss": outcome.loss, "images": 320
+    }  # fmt: skip
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    whole, outcome = run()
+
+    class Interrupted(Exception):  # noqa: N818
+        pass
+
+    def interrupt(save: Callable[[Path], None], metrics: dict) -> None:
+        if metrics["step"] == 8:
+            save(tmp_path)
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(CONFIG.model_copy(update={"checkpoint_seconds": 1e-9}), on_checkpoint=interrupt)
+    torch.manual_seed(99)
+    resumed = MemMCMAE(MODEL, 32)
+    seen: list[int] = []
+
+    def watched(epoch: int) -> Iterator[np.ndarray]:
+        seen.append(epoch)
+        return batches(epoch)
+
+    second = train(resumed, watched, CONFIG, **STATS, resume_from=tmp_path)
+    assert seen == [2, 3, 4]
+    assert (second.steps, second.images) == (outcome.steps, outcome.images)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(outcome.ema_model.parameters(), second.ema_model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_finished_run_resumes_into_its_end(tmp_path: Path) -> None:
+    _, outcome = run(on_checkpoint=lambda save, _: save(tmp_path))
+    _, again = run(resume_from=tmp_path, source=lambda _: pytest.fail("no batch is needed"))
+    assert again.steps == outcome.steps
+    assert again.loss == outcome.loss
+    assert again.train_seconds >= outcome.train_seconds
+
+
+def test_time_ends_the_run_and_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Time:
+        now = 0.0
+
+        @classmethod
+        def monotonic(cls) -> float:
+            return cls.now
+
+    def slow(epoch: int) -> Iterator[np.ndarray]:
+        for batch in batches(epoch):
+            Time.now += 0.5
+            yield batch
+
+    monkeypatch.setattr(loop, "time", Time)
+    logged: list[dict] = []
+    config = CONFIG.model_copy(update={"max_minutes": 0.5, "max_steps": 10_000})
+    _, outcome = run(config, slow, on_log=logged.append)
+    assert 59 <= outcome.steps <= 61
+    assert outcome.train_seconds == pytest.approx(30.0, abs=1.0)
+    assert logged[-1]["lr"] < 0.05 * max(entry["lr"] for entry in logged)
+    assert logged[0]["data_wait"] == pytest.approx(1.0)
+    assert logged[0]["images_per_s"] == pytest.approx(32.0)
+
+
+def test_ranks_with_other_clocks_follow_rank_zero() -> None:
+    class Told:
+        """Rank 1: hears what rank 0's clock says, one step a second."""
+
+        calls = 0
+
+        def broadcast_float(self, value: float) -> float:
+            self.calls += 1
+            return [1.0, 2.0, 4.0, *range(8, 100, 8)][self.calls - 1]
+
+        def wrap(self, model: MemMCMAE) -> torch.nn.Module:
+            return model
+
+    config = CONFIG.model_copy(update={"max_minutes": 1.0, "max_steps": 10_000})
+    logged: list[dict] = []
+    _, outcome = run(config, sync=Told(), rank=1, world_size=2, on_log=logged.append)
+    assert outcome.steps == 60
+    assert [entry["elapsed_s"] for entry in logged] == [8.0, 16.0, 24.0, 32.0, 40.0, 48.0, 56.0]
+    assert outcome.images == 60 * 32
+
+
+def test_draws_differ_by_rank_step_and_seed() -> None:
+    seeds = {step_seed(seed, rank, step) for seed in range(3) for rank in range(3) for step in range(50)}
+    assert len(seeds) == 450
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step() -> None:
+    torch.manual_seed(0)
+    model = MemMCMAE(MODEL, 32)
+
+    def poison(entry: dict) -> None:
+        with torch.no_grad():
+            model.decoder.head.bias[0] = float("nan")
+
+    with pytest.raises(TrainingError, match=r"step 8 \(epoch 2, rank 0\): loss nan"):
+        train(model, batches, CONFIG, **STATS, on_log=poison)
+
+
+def test_epochs_without_batches_and_odd_shapes_are_refused() -> None:
+    with pytest.raises(TrainingError, match="epoch 0 has no batches"):
+        run(source=lambda _: iter(()))
+    with pytest.raises(TrainingError, match=r"batch of shape \(4, 16, 16, 1\)"):
+        run(source=lambda _: iter([np.zeros((4, 16, 16, 1), np.uint16)]))
