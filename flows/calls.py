@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.embedded import await_server, prepare
+from flows.naming import check_cohort
 from flows.progress import Both, PrefectProgress
 from memmc.config import Config, load_config
 from memmc.errors import MemmcError, StorageError, UsageError
@@ -67,11 +68,12 @@ def call_flow(
         progress: fed beside Prefect's own progress artifacts.
 
     Raises:
-        UsageError: a parameter holds credentials.
+        UsageError: a parameter holds credentials, or the cohort's name is none.
         StorageError: the Prefect server cannot be reached.
         MemmcError: what the step raised.
     """
     shown = {**parameters, "config": overrides_of(config)}
+    check_cohort(parameters["cohort"])
     refuse_credentials(shown)
     prepare(home)
     progress.stage("prefect")
@@ -104,6 +106,8 @@ def run_step(key: str, config: Overrides | None, step: Callable[[Config, Progres
         resolved = caller.config if caller else config_of(config)
         with PrefectProgress(key) as shown:
             result = step(resolved, Both(caller.progress, shown) if caller else shown)
+        if caller:
+            caller.error = None  # an earlier try's
         return {} if result is None else result.as_dict()
     except Exception as error:  # noqa: BLE001 - the boundary to an API that shows error texts
         if caller:
@@ -172,11 +176,14 @@ def _explain(error: Exception) -> Exception:
     import httpx
     from prefect.exceptions import PrefectException
 
-    if isinstance(error, httpx.HTTPError | PrefectException | OSError):
-        return StorageError(
+    # RuntimeError is what Prefect raises when its server cannot be reached at the start.
+    if isinstance(error, httpx.HTTPError | PrefectException | OSError | RuntimeError):
+        failure = StorageError(
             f"the Prefect server failed ({type(error).__name__}); check PREFECT_API_URL and that its server runs, "
             "or run without --flow"
         )
+        failure.__cause__ = error
+        return failure
     return error
 
 

@@ -9,8 +9,21 @@ from typing import Annotated
 
 from pydantic import Field
 
+from memmc.errors import UsageError
+
 # The form cohort names have everywhere; checked by Prefect before a run begins, so that no other text becomes a name.
-Cohort = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+_COHORT = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+Cohort = Annotated[str, Field(pattern=_COHORT)]
+
+
+def check_cohort(cohort: str) -> None:
+    """Refuse a name before Prefect sees it; its own refusal would repeat the text.
+
+    Raises:
+        UsageError: naming the form expected.
+    """
+    if not re.fullmatch(_COHORT, cohort):
+        raise UsageError("cohort names are 1-64 of a-z, 0-9, '.', '_', '-' and begin with a letter or digit")
 
 
 def run_name(step: str) -> Callable[[], str]:

@@ -72,6 +72,7 @@ def convert(
 
     A decoder can still kill or hang the process, or fill its memory:
     `memmc.dicom.sandbox.Sandbox` is the way to call this on objects from outside.
+    Not for several threads at once: the decoders' warnings are held back process-wide meanwhile.
 
     Args:
         data: the whole object.

@@ -19,7 +19,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from pydicom.dataset import Dataset
-from pydicom.uid import UID_dictionary
+from pydicom.uid import UID
 
 from memmc.dicom import vocabulary
 from memmc.dicom.read import Instance, decimal, integer, text
@@ -208,7 +208,7 @@ def _words(instance: Instance) -> dict[str, Value]:
     sex = (text(dataset, "PatientSex") or "").upper()
     return {
         "modality": vocabulary.modality(text(dataset, "Modality")),
-        "sop_class_uid": sop_class if sop_class in UID_dictionary and sop_class.startswith("1.2.840.10008.") else None,
+        "sop_class_uid": _standard_uid(sop_class),
         "transfer_syntax_uid": instance.transfer_syntax,
         "photometric_interpretation": vocabulary.photometric(text(dataset, "PhotometricInterpretation")),
         "manufacturer": manufacturer,
@@ -218,6 +218,11 @@ def _words(instance: Instance) -> dict[str, Value]:
         "laterality": laterality if laterality in ("R", "L", "U", "B") else None,
         "patient_sex": sex if sex in ("M", "F", "O") else None,
     }
+
+
+def _standard_uid(uid: str | None) -> str | None:
+    """Return a UID of PS3.6 Annex A; one of anybody else's making may name them."""
+    return uid if uid is not None and uid.startswith("1.2.840.10008.") and UID(uid).name != uid else None
 
 
 def _numbers(instance: Instance) -> dict[str, Value]:

@@ -60,13 +60,15 @@ def _modality(dataset: Dataset, stored_V: NDArray[np.int64], little_endian: bool
     """
     tables = sequence(dataset, "ModalityLUTSequence")
     if tables:
-        table, first, bits = _lookup_table(tables[0], "LUTDescriptor", "LUTData", little_endian, bool(stored_V.min() < 0))
+        table, first, bits = _lookup_table(
+            tables[0], "LUTDescriptor", "LUTData", little_endian, bool(stored_V.min() < 0)
+        )
         return _look_up(table, first, stored_V), 0.0, float((1 << bits) - 1)
     slope, intercept = decimal(dataset, "RescaleSlope"), decimal(dataset, "RescaleIntercept")
     slope = 1.0 if slope is None else slope
     if slope == 0 or not 1e-12 < abs(slope) < 1e12 or abs(intercept or 0.0) > 1e15:
         raise Rejected("PIX_LUT_INVALID")
-    values_V = stored_V * slope + (intercept or 0.0)
+    values_V = stored_V.astype(np.float64) * slope + (intercept or 0.0)
     return values_V, float(values_V.min()), float(values_V.max())
 
 

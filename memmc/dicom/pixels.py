@@ -9,14 +9,19 @@ Shapes: H, W the instance's rows and columns; S = data.image_size.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.pixels import apply_color_lut, get_decoder
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.processing import apply_color_lut
+from pydicom.uid import UID
 
 from memmc.config import DataConfig, IngestConfig
 from memmc.dicom.codestream import Size, check_codestream
@@ -87,7 +92,7 @@ def check_geometry(instance: Instance, ingest: IngestConfig) -> Geometry:
     dataset = instance.dataset
     photometric = text(dataset, "PhotometricInterpretation")
     keywords = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation")
-    if photometric is None or any(dataset.get_item(keyword) is None for keyword in keywords):
+    if photometric is None or any(keyword not in dataset for keyword in keywords):
         raise Rejected("META_MISSING_TYPE1")
     rows, columns, samples, allocated, stored, representation = (
         -1 if (number := integer(dataset, keyword)) is None else number for keyword in keywords
@@ -96,7 +101,11 @@ def check_geometry(instance: Instance, ingest: IngestConfig) -> Geometry:
     if not (1 <= rows <= ingest.max_rows and 1 <= columns <= ingest.max_rows and samples in (1, 3)):
         raise Rejected("META_DIMENSIONS")
     bits_fit = allocated in (1, 8, 16) and 1 <= stored <= allocated and representation in (0, 1)
-    if not bits_fit or high_bit not in (None, stored - 1) or (allocated == 1 and instance.transfer_syntax in ENCAPSULATED):
+    if (
+        not bits_fit
+        or high_bit not in (None, stored - 1)
+        or (allocated == 1 and instance.transfer_syntax in ENCAPSULATED)
+    ):
         raise Rejected("META_BITS")
     if _SAMPLES.get(photometric) != samples:
         raise Rejected("PIX_PHOTOMETRIC_UNSUPPORTED")
@@ -163,7 +172,9 @@ def _decode(instance: Instance, geometry: Geometry) -> tuple[NDArray[np.generic]
     if span.fragments is None:
         return _decode_with("", instance.buffer[span.start : span.end], instance, geometry)
     stream = b"".join(instance.buffer[start:end] for start, end in span.fragments)
-    check_codestream(stream, syntax, Size(geometry.rows, geometry.columns, geometry.samples, 0), geometry.bits_allocated)
+    check_codestream(
+        stream, syntax, Size(geometry.rows, geometry.columns, geometry.samples, 0), geometry.bits_allocated
+    )
     if _PLUGINS[syntax] == "gdcm":
         decoded, photometric = _decode_gdcm(stream, instance, geometry), geometry.photometric
     else:
@@ -174,25 +185,23 @@ def _decode(instance: Instance, geometry: Geometry) -> tuple[NDArray[np.generic]
 def _decode_with(
     plugin: str, source: bytes | memoryview, instance: Instance, geometry: Geometry
 ) -> tuple[NDArray[np.generic], str]:
-    decoded, found = get_decoder(instance.transfer_syntax).as_array(
-        source,
-        index=0,
-        raw=True,
-        decoding_plugin=plugin,
-        rows=geometry.rows,
-        columns=geometry.columns,
-        number_of_frames=1,
-        samples_per_pixel=geometry.samples,
-        photometric_interpretation=geometry.photometric,
-        bits_allocated=geometry.bits_allocated,
-        bits_stored=geometry.bits_stored,
-        pixel_representation=int(geometry.signed),
-        planar_configuration=geometry.planar,
-        pixel_keyword="PixelData",
-        pixel_vr=(instance.pixels.vr if instance.pixels else "") or "OW",
-        view_only=True,
-        correct_unused_bits=False,
-    )
+    options: dict[str, Any] = {
+        "rows": geometry.rows,
+        "columns": geometry.columns,
+        "number_of_frames": 1,
+        "samples_per_pixel": geometry.samples,
+        "photometric_interpretation": geometry.photometric,
+        "bits_allocated": geometry.bits_allocated,
+        "bits_stored": geometry.bits_stored,
+        "pixel_representation": int(geometry.signed),
+        "planar_configuration": geometry.planar,
+        "pixel_keyword": "PixelData",
+        "pixel_vr": (instance.pixels.vr if instance.pixels else "") or "OW",
+        "view_only": True,
+        "correct_unused_bits": False,
+    }
+    decoder = get_decoder(instance.transfer_syntax)
+    decoded, found = decoder.as_array(source, index=0, raw=True, decoding_plugin=plugin, **options)
     return decoded, str(found["photometric_interpretation"])
 
 
@@ -282,7 +291,7 @@ def _luminance(decoded_HW3: NDArray[np.generic], photometric: str, bits_stored: 
         return bits_HW3[..., 0].astype(np.float32) / top
     if photometric != "RGB":
         raise Rejected("PIX_PHOTOMETRIC_UNSUPPORTED")
-    return bits_HW3.astype(np.float32) @ (_LUMA / top)
+    return (bits_HW3.astype(np.float32) @ (_LUMA / top)).astype(np.float32, copy=False)
 
 
 def _palette_table(instance: Instance, geometry: Geometry) -> NDArray[np.float32]:
@@ -293,7 +302,7 @@ def _palette_table(instance: Instance, geometry: Geometry) -> NDArray[np.float32
     except (ValueError, TypeError, AttributeError, KeyError, IndexError):
         raise Rejected("PIX_LUT_INVALID") from None
     top = np.float32(np.iinfo(colours_V3.dtype).max)
-    return colours_V3[:, :3].astype(np.float32) @ (_LUMA / top)
+    return (colours_V3[:, :3].astype(np.float32) @ (_LUMA / top)).astype(np.float32, copy=False)
 
 
 def _resize(grey_HW: NDArray[np.float32], data: DataConfig) -> NDArray[np.float32]:
@@ -320,10 +329,25 @@ def _resize(grey_HW: NDArray[np.float32], data: DataConfig) -> NDArray[np.float3
     return padded_SS
 
 
+def fit_mask(mask_HW: NDArray[np.bool_], data: DataConfig) -> NDArray[np.bool_]:
+    """Bring a mask of the original image to the geometry of stored pixels; half covered counts as covered."""
+    return _resize(mask_HW.astype(np.float32), data) >= 0.5
+
+
+def decoder_status() -> dict[str, bool]:
+    """Return, by the UID's name, whether the decoder pinned to each compressed transfer syntax can be used."""
+    status: dict[str, bool] = {}
+    for syntax, plugin in _PLUGINS.items():
+        available = get_decoder(syntax).available_plugins
+        status[UID(syntax).name] = (
+            importlib.util.find_spec("gdcm") is not None if plugin == "gdcm" else plugin in available
+        )
+    return status
+
+
 def preload() -> None:
     """Import every decoder, so that a process with limits need not read files later."""
-    import gdcm  # noqa: F401
-
+    importlib.import_module("gdcm")
     with BytesIO() as stream:
         Image.new("L", (8, 8)).save(stream, "JPEG")
         stream.seek(0)

@@ -12,7 +12,7 @@ import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -23,7 +23,7 @@ from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
 
 from memmc.dicom.reasons import Rejected
-from memmc.dicom.scan import MAX_HEADER_BYTES, Encoding, PixelSpan, looks_explicit, scan_data_set
+from memmc.dicom.scan import MAX_HEADER_BYTES, MAX_TRAILING_BYTES, Encoding, PixelSpan, looks_explicit, scan_data_set
 
 __all__ = ["Instance", "Rejected", "decimal", "integer", "read_instance", "silenced", "text"]
 
@@ -56,7 +56,16 @@ _EXECUTABLE = (
     b"\xcf\xfa\xed\xfe",
     b"\xca\xfe\xba\xbe",
 )
-_ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"Rar!")
+_ARCHIVES = (
+    b"PK\x03\x04",
+    b"PK\x05\x06",
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"7z\xbc\xaf",
+    b"\x28\xb5\x2f\xfd",
+    b"Rar!",
+)
 
 _KEYWORDS = (
     "SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID StudyDate SeriesDate AcquisitionDate ContentDate "
@@ -70,7 +79,7 @@ _KEYWORDS = (
     "GreenPaletteColorLookupTableDescriptor BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData "
     "GreenPaletteColorLookupTableData BluePaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData "
     "SegmentedGreenPaletteColorLookupTableData SegmentedBluePaletteColorLookupTableData"
-).split()
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class Instance:
     float_pixels: bool
 
 
-def read_instance(data: bytes | bytearray | memoryview, max_inflated_bytes: int = _MAX_INFLATED_BYTES) -> Instance:
+def read_instance(data: bytes | bytearray | memoryview, max_decoded_bytes: int = _MAX_INFLATED_BYTES) -> Instance:
     """Check the structure of one object and parse its header.
 
     A preamble without file meta, file meta without a preamble, and a bare
@@ -102,7 +111,7 @@ def read_instance(data: bytes | bytearray | memoryview, max_inflated_bytes: int 
 
     Args:
         data: the whole object.
-        max_inflated_bytes: bound on a deflated data set once inflated, bytes.
+        max_decoded_bytes: bound on the pixels; a deflated data set may inflate to this and a header, bytes.
 
     Raises:
         Rejected: a FILE_* or PARSE_* code.
@@ -118,7 +127,8 @@ def read_instance(data: bytes | bytearray | memoryview, max_inflated_bytes: int 
         if media_class == _DICOMDIR:
             raise Rejected("FILE_DICOMDIR")
     if syntax == DEFLATED:
-        buffer, start = memoryview(_inflate(buffer[start:], min(max_inflated_bytes, _MAX_INFLATED_BYTES))), 0
+        limit = max_decoded_bytes + MAX_HEADER_BYTES + MAX_TRAILING_BYTES
+        buffer, start = memoryview(_inflate(buffer[start:], min(limit, _MAX_INFLATED_BYTES))), 0
     encoding = _NATIVE.get(syntax, Encoding(False, True))
     if len(buffer) - start < 8:
         raise Rejected("PARSE_TRUNCATED")
@@ -145,7 +155,7 @@ def read_instance(data: bytes | bytearray | memoryview, max_inflated_bytes: int 
 
 @functools.cache
 def _wanted_tags() -> list[BaseTag | int]:
-    return [Tag(keyword) for keyword in _KEYWORDS]
+    return [Tag(keyword) for keyword in _KEYWORDS.split()]
 
 
 def _data_start(buffer: memoryview) -> int:
@@ -231,7 +241,7 @@ _LOGGERS = ("pydicom", "PIL", "pylibjpeg", "openjpeg", "libjpeg", "jpeg_ls", "py
 
 
 @contextmanager
-def silenced() -> Iterator[None]:
+def silenced() -> Generator[None]:
     """Keep parsers and decoders from printing: their warnings and log lines quote element values."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]

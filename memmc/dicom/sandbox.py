@@ -7,51 +7,41 @@
 
 The keeper imports everything once, applies the limits and forks a worker, which
 answers objects until it dies or has done its share; the keeper then forks the
-next in milliseconds. A hang costs the whole group. The object
-itself lies in memory that both sides map. The answer is read as data: JSON of known keys and patterns and raw pixels, never unpickled; what does not
-fit counts as a crash. The identity key travels over a pipe, never in the
-arguments or the environment, and the decoders' output goes to /dev/null.
-
-Run as ``python -m memmc.dicom.sandbox`` by `Sandbox` alone.
+next in milliseconds. A hang costs keeper and worker. The object lies in memory
+that both sides map. The answer is read as data: JSON of known keys and patterns,
+and raw pixels, never unpickled; what does not fit counts as a crash. The
+identity key travels through that memory, never in the arguments or the
+environment, and the decoders' output goes to /dev/null. The other side is
+`memmc.dicom.worker`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
-import mmap
 import os
-import resource
 import select as polling
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
-from memmc.config import DataConfig, IngestConfig, SelectConfig
-from memmc.dicom.convert import Converted, ConvertPolicy, convert, rejected
+from memmc.dicom.convert import Converted, ConvertPolicy, rejected
 from memmc.dicom.deidentify import ATTRIBUTES, NUMBERS, PATTERNS, Value
 from memmc.dicom.reasons import REASONS, outcome_of
+from memmc.dicom.worker import ANSWER, DIED, HEADER, READY, REQUEST, RESULT
 from memmc.errors import MemmcError
 
 MAX_ATTEMPTS = 2  # of an object that kills its process
-OBJECTS_PER_WORKER = 200  # GDCM leaks (CVE-2026-3650); a fork is cheap
 _START_TIMEOUT_S = 120.0
 _PIPE_BYTES = 1 << 20
 _KEPT_BYTES = 64 << 20  # shared memory that is kept from object to object
 _MAX_JSON_BYTES = 1 << 16
-_REQUEST = struct.Struct("<QQ")  # number, bytes
-_ANSWER = struct.Struct("<cQIQ")  # kind, number, JSON bytes, pixel bytes
-_READY, _HEADER, _RESULT, _DIED = b"R", b"H", b"C", b"D"
-_EXIT_DONE, _EXIT_CLOSED = 0, 3
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 
 
 class Sandbox:
@@ -64,7 +54,7 @@ class Sandbox:
         policy: as for `memmc.dicom.convert.convert`.
     """
 
-    child_module: ClassVar[str] = "memmc.dicom.sandbox"
+    child_module: ClassVar[str] = "memmc.dicom.worker"
 
     def __init__(self, policy: ConvertPolicy) -> None:
         self._policy = policy
@@ -152,11 +142,11 @@ class _Lost:
             self.reason = "PIX_DECODER_CRASH" if decoding else "PARSE_CRASH"
 
 
-class _Closed(Exception):
+class _ClosedError(Exception):
     """The other side is gone, or talks nonsense."""
 
 
-class _Overdue(Exception):
+class _OverdueError(Exception):
     """The deadline passed."""
 
 
@@ -185,10 +175,10 @@ class _Keeper:
         message = _policy_json(policy)
         try:
             self._share(message)
-            self._send(_REQUEST.pack(0, len(message)))
-            ready = self._receive()[0] == _READY
+            self._send(REQUEST.pack(0, len(message)))
+            ready = self._receive()[0] == READY
             os.ftruncate(self._shared, 0)  # the key does not stay there
-        except (_Closed, _Overdue):
+        except (_ClosedError, _OverdueError):
             ready = False
         if not ready:
             self.stop()
@@ -214,22 +204,22 @@ class _Keeper:
         attributes: Mapping[str, Value] | None = None
         try:
             self._share(data)
-            self._send(_REQUEST.pack(number, len(data)))
+            self._send(REQUEST.pack(number, len(data)))
             while True:
                 kind, about, head, pixels = self._receive()
-                if kind == _DIED:
+                if kind == DIED:
                     return _Lost("CRASH", attributes, int(head["signal"]), keeper_lives=True)
                 if about != number:  # of an object given up before
                     continue
-                if kind == _HEADER:
+                if kind == HEADER:
                     attributes = _checked_attributes(head.get("attributes"))
-                elif kind == _RESULT:
+                elif kind == RESULT:
                     return _checked_result(head, pixels, policy)
                 else:
-                    raise _Closed
-        except _Overdue:
+                    raise _ClosedError
+        except _OverdueError:
             return _Lost("TIMEOUT", attributes, None)
-        except (_Closed, KeyError, TypeError, ValueError):
+        except (_ClosedError, KeyError, TypeError, ValueError):
             return _Lost("CRASH", attributes, None)
 
     def _share(self, data: bytes | bytearray | memoryview) -> None:
@@ -250,15 +240,15 @@ class _Keeper:
             except BlockingIOError:
                 continue
             except OSError:
-                raise _Closed from None
+                raise _ClosedError from None
 
     def _receive(self) -> tuple[bytes, int, dict[str, Any], bytes]:
-        kind, number, json_bytes, pixel_bytes = _ANSWER.unpack(self._take(_ANSWER.size))
+        kind, number, json_bytes, pixel_bytes = ANSWER.unpack(self._take(ANSWER.size))
         if json_bytes > _MAX_JSON_BYTES or pixel_bytes > 2 * 4096 * 4096:
-            raise _Closed
+            raise _ClosedError
         head = json.loads(self._take(json_bytes))
         if not isinstance(head, dict):
-            raise _Closed
+            raise _ClosedError
         return kind, number, head, self._take(pixel_bytes)
 
     def _take(self, size: int) -> bytes:
@@ -269,7 +259,7 @@ class _Keeper:
             except BlockingIOError:
                 continue
             if not chunk:
-                raise _Closed
+                raise _ClosedError
             self._received += chunk
         taken = bytes(self._received[:size])
         del self._received[:size]
@@ -280,7 +270,7 @@ class _Keeper:
         poll = polling.poll()
         poll.register(descriptor, event)
         if left <= 0 or not poll.poll(left * 1000):
-            raise _Overdue
+            raise _OverdueError
 
 
 def _checked_attributes(found: object) -> dict[str, Value]:
@@ -355,138 +345,3 @@ def _policy_json(policy: ConvertPolicy) -> bytes:
             "parent": os.getpid(),
         }
     ).encode()
-
-
-# ---- below: the child process ----
-
-
-def _read_exactly(size: int) -> bytearray:
-    """Read from the request pipe.
-
-    Raises:
-        EOFError: the caller is gone.
-    """
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = os.readv(0, [view])
-        if not count:
-            raise EOFError
-        view = view[count:]
-    return data
-
-
-def _answer(channel: int, kind: bytes, number: int, head: Mapping[str, Any], pixels: bytes = b"") -> None:
-    text = json.dumps(head).encode()
-    for part in (_ANSWER.pack(kind, number, len(text), len(pixels)) + text, pixels):
-        view = memoryview(part)
-        while view:
-            view = view[os.write(channel, view) :]
-
-
-def _die_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        library.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(_EXIT_CLOSED)
-
-
-def _limit(memory_bytes: int) -> None:
-    """Apply the limits; nothing may be opened beyond the few files a decoder needs, nothing written."""
-    for what, amount in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, 64),
-        (resource.RLIMIT_AS, memory_bytes),
-    ):
-        hard = resource.getrlimit(what)[1]
-        soft = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-        resource.setrlimit(what, (soft, soft))
-
-
-@contextlib.contextmanager
-def _mapped(shared: int, size: int) -> Iterator[memoryview]:
-    """Map the shared object for reading."""
-    if not size:
-        yield memoryview(b"")
-        return
-    mapping = mmap.mmap(shared, size, prot=mmap.PROT_READ)
-    view = memoryview(mapping)
-    try:
-        yield view
-    finally:
-        with contextlib.suppress(BufferError):  # a decoder's array may still point into it; the next unmaps it
-            view.release()
-            mapping.close()
-
-
-def _work(policy: ConvertPolicy, channel: int, shared: int) -> NoReturn:
-    """Answer objects until the share is done or the caller is gone."""
-    for _ in range(OBJECTS_PER_WORKER):
-        try:
-            number, size = _REQUEST.unpack(_read_exactly(_REQUEST.size))
-        except EOFError:
-            os._exit(_EXIT_CLOSED)
-
-        def tell(attributes: Mapping[str, Value], number: int = number) -> None:
-            _answer(channel, _HEADER, number, {"attributes": dict(attributes)})
-
-        try:
-            with _mapped(shared, size) as data:
-                result = convert(data, policy, tell)
-        except (OSError, ValueError):  # no room in the address space
-            result = rejected("PARSE_MEMORY")
-        head = {"reason": result.reason, "attributes": dict(result.attributes)}
-        _answer(channel, _RESULT, number, head, result.pixels or b"")
-        if result.reason in ("PIX_DECODER_OOM", "PARSE_MEMORY"):
-            break  # what could not be allocated leaves a fragmented heap behind
-    os._exit(_EXIT_DONE)
-
-
-def _keep(policy: ConvertPolicy, channel: int, shared: int) -> int:
-    """Fork workers, one at a time, until the caller is gone."""
-    while True:
-        keeper = os.getpid()
-        worker = os.fork()
-        if not worker:
-            try:
-                _die_with_parent(keeper)
-                _work(policy, channel, shared)
-            finally:
-                os._exit(1)
-        status = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
-        if status == _EXIT_CLOSED:
-            return 0
-        if status != _EXIT_DONE:
-            _answer(channel, _DIED, 0, {"signal": max(-status, 0)})
-
-
-def main() -> int:
-    """Serve one `Sandbox`, over the standard streams it opened."""
-    channel = os.dup(1)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)  # decoders print there
-    os.dup2(nothing, 2)
-    shared = int(sys.argv[1])
-    _, size = _REQUEST.unpack(_read_exactly(_REQUEST.size))
-    fields = json.loads(os.pread(shared, size, 0))
-    policy = ConvertPolicy(
-        DataConfig.model_validate(fields["data"]),
-        SelectConfig.model_validate(fields["select"]),
-        IngestConfig.model_validate(fields["ingest"]),
-        fields["max_date_shift_days"],
-        bytes.fromhex(fields["key"]),
-    )
-    _die_with_parent(fields["parent"])
-    from memmc.dicom.pixels import preload
-
-    preload()
-    _limit(policy.ingest.memory_bytes)
-    _answer(channel, _READY, 0, {})
-    return _keep(policy, channel, shared)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

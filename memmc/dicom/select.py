@@ -89,7 +89,7 @@ def _modality(instance: Instance, config: SelectConfig) -> str | None:
 
 def _frames(instance: Instance, config: SelectConfig) -> str | None:
     """Number of Frames (0028,0008) is absent, empty or 1."""
-    if instance.dataset.get_item("NumberOfFrames") is None:
+    if "NumberOfFrames" not in instance.dataset:
         return None
     frames = integer(instance.dataset, "NumberOfFrames")
     if frames is None:

@@ -132,9 +132,10 @@ def plan_exams(num_normal: int, num_abnormal: int, num_broken: int, seed: int) -
         count = min(left, 2 if len(studies) % 6 == 5 else 1)
         studies.append([(None, None)] * count)
         left -= count
-    kinds = [LESION_KINDS[i % len(LESION_KINDS)] for i in range(num_abnormal)]
-    studies += [[(Lesion(kind, int(rng.integers(1 << 31))), None)] for kind in kinds]
-    studies += [[(None, FAULTS[i % len(FAULTS)])] for i in range(num_broken)]
+    for i in range(num_abnormal):
+        studies.append([(Lesion(LESION_KINDS[i % len(LESION_KINDS)], int(rng.integers(1 << 31))), None)])
+    for i in range(num_broken):
+        studies.append([(None, FAULTS[i % len(FAULTS)])])
     numbers = rng.permutation(900_000)[: 2 * (num_normal + num_abnormal + num_broken)] + 100_000
     draw = iter(int(number) for number in numbers)
     exams: list[Exam] = []

@@ -53,7 +53,7 @@ class Quadric:
         return Quadric(pivot + factors * (self.center - pivot), self.matrix / factors[None, :])
 
 
-def ellipsoid(center: Sequence[float], semi_axes_mm: Sequence[float], roll_degrees: float = 0.0) -> Quadric:
+def ellipsoid(center: npt.ArrayLike, semi_axes_mm: npt.ArrayLike, roll_degrees: float = 0.0) -> Quadric:
     """Return an ellipsoid; an infinite semi-axis makes a cylinder.
 
     Args:

@@ -69,7 +69,8 @@ def ray_cluster(config: Config, home: Path) -> Iterator[Any]:
     import ray
 
     if ray.is_initialized():
-        yield ray
+        with _own_errors(ray):
+            yield ray
         return
     parent: Path | None = None
     if config.ray.address:
@@ -93,11 +94,26 @@ def ray_cluster(config: Config, home: Path) -> Iterator[Any]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.use_datasource_v2 = False
-        yield ray
+        with _own_errors(ray):
+            yield ray
     finally:
         ray.shutdown()
         if parent is not None:
             _remove(parent)
+
+
+@contextmanager
+def _own_errors(ray: Any) -> Iterator[None]:
+    """Let an error that a worker raised on purpose come out as itself, without Ray's wrapping."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, MemmcError):
+            found = getattr(found, "cause", None) or found.__cause__
+        if found is None:
+            raise
+        raise found from None
 
 
 def require_cpus(ray: Any, workers: int, use_gpu: bool) -> None:

@@ -24,6 +24,7 @@ from memmc.dicom.sandbox import Sandbox
 from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.splits import split_of
 from memmc.lake.storage import Storage
+from memmc.errors import StorageError
 from memmc.lake.schemas import INSTANCES, SCHEMAS
 from memmc.pipeline.labels import StatedLabels
 from memmc.sources.folder_s3 import FetchFailed, SourceObject, fetch
@@ -79,12 +80,21 @@ def convert_objects(job: IngestJob, objects: list[SourceObject]) -> list[Written
 
 
 def rows_of(job: IngestJob, objects: list[SourceObject]) -> Iterator[dict[str, Any]]:
-    """Yield exactly one row of the `instances` table per object, in order."""
+    """Yield exactly one row of the `instances` table per object, in order.
+
+    Raises:
+        StorageError: the store itself refuses or hangs; its objects stay pending for the next run.
+    """
     sandbox = sandbox_for(job.policy)
     for item in objects:
         try:
             data = fetch(job.source, item, job.policy.ingest.max_file_bytes)
         except FetchFailed as failure:
+            if failure.reason.startswith("STORE_"):
+                raise StorageError(
+                    f"the source does not give its objects ({failure.reason}); check its address and credentials, "
+                    "then run ingest again: nothing was committed"
+                ) from None
             data, converted = None, rejected(failure.reason)
         else:
             converted = sandbox.convert(data)

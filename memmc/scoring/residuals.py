@@ -34,6 +34,7 @@ ENERGY_FLOOR = 1e-6  # squared grey values in [0, 1]: one thousandth of the rang
 MAP_SIDE = 64  # longer side at which maps of normals are kept, px
 MAP_SIGMA_SHARES = (0.02, 0.04, 0.08)  # of the side
 MIN_FIT = 8
+STD_FLOOR = 1e-3  # of a feature: below it lies rounding, not anatomy
 Z_CLIP = 8.0
 
 
@@ -55,16 +56,14 @@ def split_bands(images_BCHW: Tensor) -> tuple[list[Tensor], Tensor]:
 def residual_features(images_BCHW: Tensor, reconstruction: Reconstruction, grid: int) -> Floats:
     """Return (B, F) float32 features of images in [0, 1] and their reconstruction in the same unit.
 
-    Per cell of a `grid` x `grid` raster: the signed mean residual, and per band the log energy of the residual
-    relative to the image's own energy there (the share the model could not predict from elsewhere) and the log
-    ratio of the image's energy to the reconstruction's (detail there is beside detail that was expected).
+    The signed mean residual in every cell of a 2 grid x 2 grid raster; and per cell of a grid x grid raster and per
+    band the log energy of the residual relative to the image's own there: the share of the detail that could not be
+    predicted from elsewhere. F = (4 + NUM_BANDS) grid^2 C.
     """
     residual_BCHW = images_BCHW - reconstruction.mean_BCHW
-    parts = [_cells(residual_BCHW, grid)]
-    bands = zip(*(split_bands(x)[0] for x in (residual_BCHW, images_BCHW, reconstruction.mean_BCHW)), strict=True)
-    for residual, image, expected in bands:
-        log_residual, log_image, log_expected = (_log_energy(x, grid) for x in (residual, image, expected))
-        parts += [log_residual - log_image, log_image - log_expected]
+    parts = [_cells(residual_BCHW, 2 * grid)]
+    for residual, image in zip(split_bands(residual_BCHW)[0], split_bands(images_BCHW)[0], strict=True):
+        parts.append(_log_energy(residual, grid) - _log_energy(image, grid))
     return torch.cat(parts, dim=1).cpu().numpy().astype(np.float32)
 
 
@@ -96,7 +95,7 @@ class ResidualStatistics:
     Source: Tipping and Bishop, Probabilistic Principal Component Analysis, JRSS B 1999; its use here is [choice].
 
     Attributes:
-        mean_F, std_F: of the normals' features.
+        mean_F, std_F: of the normals' features, std_F at least `STD_FLOOR`; standardised features are cut at 8.
         basis_QF: orthonormal rows.
         variance_Q: along the rows, shrunk towards the mean eigenvalue.
         noise_variance: of every direction outside them.
@@ -110,7 +109,7 @@ class ResidualStatistics:
 
     @classmethod
     def fit(cls, features_NF: Floats, components: int) -> ResidualStatistics:
-        """Fit on normals; at most N / 4 components are kept, and a constant feature is left out of the distance.
+        """Fit on normals; at most N / 4 components are kept.
 
         Raises:
             DataError: fewer than 8 images, or a feature is not finite.
@@ -121,8 +120,7 @@ class ResidualStatistics:
             raise DataError(f"{count} normal images to fit residual statistics; expected at least {MIN_FIT}")
         if not np.isfinite(features_NF).all():
             raise DataError(f"{int((~np.isfinite(features_NF)).sum())} residual features are not finite")
-        mean_F, std_F = features_NF.mean(0), features_NF.std(0, ddof=1)
-        std_F = np.where(std_F > 1e-6, std_F, np.inf)
+        mean_F, std_F = features_NF.mean(0), np.maximum(features_NF.std(0, ddof=1), STD_FLOOR)
         _, singular, basis = np.linalg.svd(_standardise(features_NF, mean_F, std_F), full_matrices=False)
         eigenvalues = singular**2 / (count - 1)
         kept = max(1, min(components, count // 4, width - 1))

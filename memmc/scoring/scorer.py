@@ -7,6 +7,7 @@ A score that needs no fit goes the same way.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from memmc.scoring.residuals import (
 )
 
 STATE_FORMAT = "1"
+METADATA_KEY = "memmc_scorer"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Scorer(ABC):
         """Return the fitted scorer as safetensors."""
         from safetensors.numpy import save
 
-        return save(self.state(), metadata={"format": STATE_FORMAT, "scorer": self.name})
+        # One entry only: safetensors writes several in an order of its own, and equal states should be equal bytes.
+        return save(self.state(), metadata={METADATA_KEY: f"{STATE_FORMAT} {self.name}"})
 
 
 @dataclass(frozen=True)
@@ -225,17 +228,16 @@ def scorer_from_bytes(data: bytes) -> Scorer:
     from safetensors.numpy import load
 
     try:
-        state, metadata = load(data), _metadata(data)
-        name = metadata.get("scorer", "")
-        if metadata.get("format") == STATE_FORMAT and name in SimilarityScorer.MEASURES:
+        state, (form, _, name) = load(data), _label(data).partition(" ")
+        if form == STATE_FORMAT and name in SimilarityScorer.MEASURES:
             return make_scorer(ScoreConfig.model_validate({"scorer": name}))
-        if metadata.get("format") == STATE_FORMAT and name == "residual_statistics":
+        if form == STATE_FORMAT and name == "residual_statistics":
             grid, components = (int(value) for value in state["settings"])
             vectors, maps = ResidualStatistics.from_state(state), MapStatistics.from_state(state)
             return ResidualStatisticsScorer(grid, components, vectors, maps)
     except (SafetensorError, KeyError, ValueError) as error:
         raise IntegrityError(f"scorer state is unreadable ({type(error).__name__}); calibrate again") from None
-    raise IntegrityError(f"scorer state of format {metadata.get('format')!r} for {name!r}; calibrate again")
+    raise IntegrityError(f"scorer state of format {form!r} for {name!r}, expected {STATE_FORMAT!r}; calibrate again")
 
 
 @dataclass(frozen=True)
@@ -287,11 +289,10 @@ def fit_and_calibrate(
     return CrossFit(scorer.fit(normals), scores_N, map_scale(np.concatenate(maps)))
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    import json
-
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
+def _label(data: bytes) -> str:
+    """Return our entry of a safetensors header: eight bytes of length, then JSON."""
+    header: dict[str, dict[str, str]] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__", {}).get(METADATA_KEY, "")
 
 
 def _size(images_BCHW: Tensor) -> tuple[int, int]:

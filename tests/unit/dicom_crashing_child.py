@@ -1,12 +1,14 @@
 """A decoding process that does what the object's first word says; run by the sandbox's tests."""
 
 import os
+import resource
 import signal
 import sys
 import time
 
-import memmc.dicom.sandbox as sandbox
-from memmc.dicom.convert import convert
+from memmc.dicom import worker
+from memmc.dicom.convert import Converted, convert, rejected
+from memmc.dicom.deidentify import ATTRIBUTES
 
 
 def misbehave(data, policy, before_pixels=lambda attributes: None):
@@ -25,28 +27,28 @@ def misbehave(data, policy, before_pixels=lambda attributes: None):
         try:
             bytearray(64 << 30)
         except MemoryError:
-            return sandbox.rejected("PIX_DECODER_OOM")
+            return rejected("PIX_DECODER_OOM")
     if word == b"garbage":
         os.write(channel, b"X" * 4096)
         time.sleep(1000)
     if word == b"leak":
         result = convert(bytes(data[32:]), policy)
-        return sandbox.Converted("stored", None, {**result.attributes, "body_part": "Doe, Jane"}, result.pixels)
+        return Converted("stored", None, {**result.attributes, "body_part": "Doe, Jane"}, result.pixels)
     if word == b"print":
         os.write(1, b"SMITH JOHN")
         os.write(2, b"SMITH JOHN")
         return convert(bytes(data[32:]), policy)
     if word == b"environment":
-        limits = sandbox.resource.getrlimit(sandbox.resource.RLIMIT_AS)[0]
+        limits = resource.getrlimit(resource.RLIMIT_AS)[0]
         known = {"height": len(os.environ), "width": os.getpid(), "channels": limits >> 20}
         known["bits"] = sum(name in sys.modules for name in ("torch", "ray", "mlflow"))
         known["rows"] = int(any("SECRET" in name for name in os.environ))
-        return sandbox.rejected("FILE_EMPTY", {**dict.fromkeys(sandbox.ATTRIBUTES), **known})
+        return rejected("FILE_EMPTY", {**dict.fromkeys(ATTRIBUTES), **known})
     return convert(data, policy, before_pixels)
 
 
 channel = 3
-original = sandbox._keep
+original = worker._keep
 
 
 def keep(policy, descriptor, shared):
@@ -55,6 +57,6 @@ def keep(policy, descriptor, shared):
     return original(policy, descriptor, shared)
 
 
-sandbox.convert = misbehave
-sandbox._keep = keep
-raise SystemExit(sandbox.main())
+worker.convert = misbehave
+worker._keep = keep
+raise SystemExit(worker.main())

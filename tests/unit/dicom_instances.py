@@ -13,6 +13,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from memmc.config import load_config
 from memmc.dicom.convert import ConvertPolicy
+from memmc.dicom.read import silenced
 
 CR = "1.2.840.10008.5.1.4.1.1.1"
 DX = "1.2.840.10008.5.1.4.1.1.1.1"
@@ -51,17 +52,19 @@ def dataset(pixels: np.ndarray | None = None, bits: int = 12, signed: bool = Fal
     raw = pixels.astype("<" + kind).tobytes()
     ds.PixelData = raw + b"\0" * (len(raw) % 2)
     ds["PixelData"].VR = "OB" if bits <= 8 else "OW"
-    for keyword, value in attributes.items():
-        if value is None:
-            delattr(ds, keyword)
-        else:
-            setattr(ds, keyword, value)
+    with silenced():
+        for keyword, value in attributes.items():
+            if value is None:
+                delattr(ds, keyword)
+            else:
+                setattr(ds, keyword, value)
     return ds
 
 
 def encoded(ds: Dataset) -> bytes:
     buffer = io.BytesIO()
-    ds.save_as(buffer, enforce_file_format=True)
+    with silenced():
+        ds.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
 

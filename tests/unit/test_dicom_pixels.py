@@ -28,16 +28,17 @@ from memmc.dicom.convert import Converted, convert
 from memmc.dicom.pixels import check_geometry, grey_image
 from memmc.dicom.read import read_instance, silenced
 
-BUNDLED = (  # in pydicom's wheel: single-frame monochrome
+# In pydicom's wheel, single-frame: monochrome, and colour.
+BUNDLED = (
     "693_J2KI CT_small J2K_pixelrep_mismatch JPEG2000 JPEGLSNearLossless_08 JPEGLSNearLossless_16 MR_small "
     "MR_small_RLE MR_small_implicit MR_small_jp2klossless MR_small_jpeg_ls_lossless image_dfl"
-).split()
-COLOUR = (  # the same, colour
+)
+COLOUR = (
     "SC_rgb_dcmtk_+eb+cr SC_rgb_dcmtk_+eb+cy+n1 SC_rgb_dcmtk_+eb+cy+np SC_rgb_dcmtk_+eb+cy+s4 SC_rgb_gdcm_KY "
     "SC_rgb_jls_lossy_line SC_rgb_jls_lossy_sample SC_rgb_jpeg_dcmtk SC_rgb_jpeg_gdcm SC_rgb_jpeg_app14_dcmd "
     "SC_rgb_rle SC_rgb_rle_16bit SC_rgb_small_odd SC_rgb_small_odd_big_endian SC_rgb_small_odd_jpeg "
     "SC_ybr_full_422_uncompressed examples_jpeg2k examples_palette examples_rgb_color GDCMJ2K_TextGBR"
-).split()
+)
 
 
 def grey(ds: Dataset, *overrides: str) -> np.ndarray:
@@ -73,7 +74,7 @@ def bundled(name: str) -> tuple[bytes, Dataset]:
     return data, pydicom.dcmread(io.BytesIO(data), force=True)
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", BUNDLED.split())
 def test_bundled_files_as_highdicom_shows_them(name: str) -> None:
     data, ds = bundled(name)
     with silenced():
@@ -100,7 +101,7 @@ def test_one_image_in_two_encodings() -> None:
     assert np.corrcoef(extended.ravel(), wavelet.ravel())[0, 1] > 0.95
 
 
-@pytest.mark.parametrize("name", COLOUR)
+@pytest.mark.parametrize("name", COLOUR.split())
 def test_bundled_colour_files_as_pydicom_shows_them(name: str) -> None:
     data, ds = bundled(name)
     with silenced():

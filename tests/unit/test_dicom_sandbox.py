@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from dicom_instances import dataset, encoded, policy, texture
 
-from memmc.dicom import sandbox as module
 from memmc.dicom.convert import convert
 from memmc.dicom.sandbox import Sandbox
+from memmc.dicom.worker import OBJECTS_PER_WORKER
 from memmc.errors import MemmcError
 
 GOOD = encoded(dataset())
@@ -69,6 +69,7 @@ def test_a_crashing_object_is_tried_twice_and_the_restart_is_quick(box: Sandbox)
     assert len(attempts) == 3
 
 
+@pytest.mark.slow
 def test_a_hang_ends_in_time(box: Sandbox) -> None:
     for words, reason in (("hang", "PARSE_TIMEOUT"), ("hang pixels", "PIX_DECODER_TIMEOUT")):
         start = time.monotonic()
@@ -84,6 +85,7 @@ def test_memory_is_limited(box: Sandbox) -> None:
     assert box.convert(order("environment")).attributes["channels"] == 2048
 
 
+@pytest.mark.slow
 def test_answers_are_checked(box: Sandbox) -> None:
     assert box.convert(order("leak")).reason == "PARSE_CRASH"
     assert box.convert(order("garbage")).outcome == "quarantined"
@@ -107,10 +109,11 @@ def test_the_child_holds_no_secret_and_no_training(monkeypatch: pytest.MonkeyPat
             assert policy().key.hex().encode() not in held
 
 
+@pytest.mark.slow
 def test_worker_is_recycled(monkeypatch: pytest.MonkeyPatch) -> None:
     with Misbehaving(policy()) as box:
         first = worker_of(box)
-        for _ in range(module.OBJECTS_PER_WORKER - 1):
+        for _ in range(OBJECTS_PER_WORKER - 1):
             assert box.convert(b"text").reason == "FILE_NOT_DICOM"
         assert worker_of(box) != first
 
@@ -142,6 +145,7 @@ def gone(process: int) -> bool:
     return not alive(process)
 
 
+@pytest.mark.slow
 def test_close_leaves_nothing_behind() -> None:
     box = Misbehaving(policy())
     worker = worker_of(box)
@@ -153,6 +157,7 @@ def test_close_leaves_nothing_behind() -> None:
     box.close()
 
 
+@pytest.mark.slow
 def test_the_child_dies_with_its_parent() -> None:
     script = (
         "import sys, os; from test_dicom_sandbox import *\n"

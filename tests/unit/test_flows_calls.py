@@ -40,7 +40,9 @@ def test_only_what_differs_is_shown():
 @settings(max_examples=50, deadline=None)
 @given(st.sampled_from(["tiny", "small", "base"]), st.sampled_from([192, 384, 768]), st.sampled_from([0, 16, 40]))
 def test_explicit_values_equal_to_another_presets_default_survive(preset, dim, slots):
-    config = load_config(overrides=[f"train.preset={preset}", f"model.encoder_dim={dim}", f"model.memory_slots={slots}"])
+    config = load_config(
+        overrides=[f"train.preset={preset}", f"model.encoder_dim={dim}", f"model.memory_slots={slots}"]
+    )
     assert config_of(overrides_of(config)) == config
 
 
@@ -71,7 +73,9 @@ def test_credentials_never_become_parameters(parameters):
 
 
 def test_plain_places_are_accepted():
-    refuse_credentials({"source": "s3://bucket/a@b", "config": {"tracking": {"uri": "http://mlflow:5000"}}, "label": None})
+    refuse_credentials(
+        {"source": "s3://bucket/a@b", "config": {"tracking": {"uri": "http://mlflow:5000"}}, "label": None}
+    )
 
 
 def test_only_a_place_out_of_reach_is_worth_another_try():

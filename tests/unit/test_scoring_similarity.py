@@ -118,7 +118,7 @@ def test_a_measure_is_zero_on_equals_not_negative_and_whole(measure, height: int
 def test_a_change_in_the_corner_is_seen_at_the_corner(measure) -> None:
     first = torch.from_numpy(pair(64)[0])[None]
     second = first.clone()
-    second[..., :4, :4] = 1 - second[..., :4, :4]
+    second[..., :4, :4] = torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     result = measure(first, second)[0]
     assert result[:8, :8].mean() > 5 * result[32:, 32:].mean()
-    assert result[0, 0] > 0.5 * result[:8, :8].mean()
+    assert result[:2, :2].mean() > 0.5 * result[:8, :8].mean()

@@ -1,0 +1,142 @@
+"""Residual features and the low-rank Gaussian, against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from memmc.errors import DataError
+from memmc.scoring.masks import Reconstruction
+from memmc.scoring.residuals import (
+    NUM_BANDS,
+    MapStatistics,
+    ResidualStatistics,
+    residual_features,
+    residual_maps,
+    split_bands,
+)
+
+
+def reconstruction(mean_BCHW: torch.Tensor) -> Reconstruction:
+    return Reconstruction(mean_BCHW, torch.zeros_like(mean_BCHW), torch.ones(len(mean_BCHW), 4, dtype=torch.long))
+
+
+def noise(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_bands_sum_to_the_image() -> None:
+    image = noise((2, 1, 64, 64))
+    bands, rest = split_bands(image)
+    assert len(bands) == NUM_BANDS
+    torch.testing.assert_close(sum(bands, rest), image)
+
+
+def test_bands_of_a_larger_copy_are_the_larger_bands() -> None:
+    # Widths are shares of the side, so the same picture at twice the size has the same energy per band.
+    coarse = torch.nn.functional.interpolate(noise((1, 1, 16, 16)), size=64, mode="bicubic")
+    fine = torch.nn.functional.interpolate(coarse, size=128, mode="bicubic")
+    for small, large in zip(split_bands(coarse)[0], split_bands(fine)[0], strict=True):
+        assert float(large.square().mean()) == pytest.approx(float(small.square().mean()), rel=0.15)
+
+
+def test_features_have_the_stated_length_and_see_place_and_scale() -> None:
+    image = noise((1, 1, 64, 64))
+    expected = image.clone()
+    base = residual_features(image, reconstruction(expected + 0.01), 4)
+    assert base.shape == (1, (4 + NUM_BANDS) * 16)
+    assert base.dtype == np.float32
+    expected[..., :16, :16] -= 0.2  # first cell of the 4 x 4 raster, 2 x 2 cells of the finer one
+    changed = residual_features(image, reconstruction(expected + 0.01), 4)
+    signed = (changed - base)[0, :64].reshape(8, 8)
+    np.testing.assert_allclose(signed[:2, :2], 0.2, atol=1e-5)
+    assert np.abs(signed[2:, :]).max() < 1e-5
+    assert np.abs(signed[:, 2:]).max() < 1e-5
+
+
+def test_too_little_residual_is_as_far_as_too_much() -> None:
+    rng = np.random.default_rng(0)
+    normals = rng.normal(size=(200, 20))
+    fitted = ResidualStatistics.fit(normals, components=4)
+    low, high = fitted.distance(normals.mean(0) + 3 * np.array([[-1.0], [1.0]]))
+    assert low == pytest.approx(high, rel=1e-6)
+    assert low > np.quantile(fitted.distance(normals), 0.99)
+
+
+def test_distance_equals_mahalanobis_under_the_stated_covariance() -> None:
+    rng = np.random.default_rng(1)
+    normals = rng.normal(size=(60, 3)) @ rng.normal(size=(3, 12)) + 0.3 * rng.normal(size=(60, 12))
+    fitted = ResidualStatistics.fit(normals, components=3)
+    basis = fitted.basis_QF
+    covariance = basis.T @ np.diag(fitted.variance_Q) @ basis + fitted.noise_variance * (np.eye(12) - basis.T @ basis)
+    other = rng.normal(size=(5, 12))
+    z = (other - normals.mean(0)) / normals.std(0, ddof=1)
+    expected = np.sqrt(np.einsum("nf,fg,ng->n", z, np.linalg.inv(covariance), z) / 12)
+    np.testing.assert_allclose(fitted.distance(other), expected, rtol=1e-8)
+
+
+def test_new_normals_lie_near_one_with_fewer_images_than_features() -> None:
+    rng = np.random.default_rng(2)
+    mixing = rng.normal(size=(5, 300))
+    draw = rng.normal(size=(200, 5)) @ mixing + 0.5 * rng.normal(size=(200, 300))
+    fitted = ResidualStatistics.fit(draw[:100], components=16)
+    normal = fitted.distance(draw[100:])
+    shifted = fitted.distance(draw[100:] + 1.0 * rng.choice([-1, 1], size=300))
+    assert 0.7 < np.median(normal) < 1.5
+    assert stats.mannwhitneyu(shifted, normal).statistic / (100 * 100) > 0.99
+
+
+def test_components_are_limited_by_the_images() -> None:
+    normals = np.random.default_rng(3).normal(size=(16, 40))
+    assert ResidualStatistics.fit(normals, components=16).basis_QF.shape == (4, 40)
+
+
+def test_one_feature_cannot_carry_the_distance_away() -> None:
+    normals = np.random.default_rng(4).normal(size=(100, 30))
+    fitted = ResidualStatistics.fit(normals, components=4)
+    outlier = normals[:1].copy()
+    outlier[0, 0] = 1e6
+    assert fitted.distance(outlier)[0] < 10
+
+
+def test_rounding_in_a_constant_feature_does_not_count() -> None:
+    normals = np.random.default_rng(5).normal(size=(50, 6))
+    normals[:, 2] = 1.0
+    fitted = ResidualStatistics.fit(normals, components=2)
+    moved = normals[:1].copy()
+    moved[0, 2] += 1e-7
+    assert fitted.distance(moved)[0] == pytest.approx(fitted.distance(normals[:1])[0], rel=1e-4)
+    moved[0, 2] += 1.0  # a marker where no normal image has anything
+    assert fitted.distance(moved)[0] > 3
+
+
+def test_unusable_normals_are_refused() -> None:
+    with pytest.raises(DataError, match="at least 8"):
+        ResidualStatistics.fit(np.zeros((7, 3)), 2)
+    broken = np.zeros((20, 3))
+    broken[0, 0] = np.nan
+    with pytest.raises(DataError, match="1 residual features are not finite"):
+        ResidualStatistics.fit(broken, 2)
+
+
+def test_map_statistics_find_the_odd_place() -> None:
+    images = noise((31, 1, 64, 64), seed=6)
+    expected = images + 0.02 * (noise((31, 1, 64, 64), seed=7) - 0.5)
+    expected[30, :, 40:56, 8:24] += 0.1
+    maps = residual_maps(images, reconstruction(expected))
+    assert maps.shape == (31, 6, 64, 64)
+    assert maps.dtype == np.float16
+    anomaly = MapStatistics.fit(maps[:30]).anomaly(maps)
+    assert anomaly.shape == (31, 64, 64)
+    assert (anomaly >= 0).all()
+    row, column = np.unravel_index(anomaly[30].argmax(), (64, 64))
+    assert 38 <= row < 58
+    assert 6 <= column < 26
+    assert anomaly[30].max() > 3 * anomaly[:30].max(axis=(1, 2)).mean()
+
+
+def test_maps_of_large_images_are_kept_small() -> None:
+    images = noise((1, 3, 160, 200))
+    assert residual_maps(images, reconstruction(images)).shape == (1, 6, 51, 64)
