@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def run_demo(config: Config, out: Path, home: Path, progress: Progress, steps: S
         num_abnormal=_ABNORMAL,
         num_broken=_BROKEN,
         seed=_SEED,
+        workers=os.cpu_count() or 1,
         progress=lambda done, _total: progress.advance(done),
     )
     with ray_cluster(config, home):

@@ -93,7 +93,9 @@ def task_runs_of(client, run, count):
     end = time.monotonic() + 30
     while True:  # task runs arrive as events
         found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])))
-        if (len(found) >= count and all(task.state and task.state.is_final() for task in found)) or time.monotonic() > end:
+        if (
+            len(found) >= count and all(task.state and task.state.is_final() for task in found)
+        ) or time.monotonic() > end:
             return {task.name.rsplit("-", 1)[0]: task for task in found}
         time.sleep(0.3)
 

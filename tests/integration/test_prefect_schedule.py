@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -18,9 +17,10 @@ SERVE = """
 from datetime import timedelta
 from prefect.schedules import Interval
 from flows.ingest import ingest_flow
-parameters = {"source": "scans", "cohort": "nightly", "config": {"lake": {"uri": "lake"}}}
-schedule = Interval(timedelta(seconds=15), parameters=parameters)
-ingest_flow.serve(name="nightly", schedules=[schedule], print_starting_message=False)
+if __name__ == "__main__":  # runs are spawned processes that import this file
+    parameters = {"source": "scans", "cohort": "nightly", "config": {"lake": {"uri": "lake"}}}
+    schedule = Interval(timedelta(seconds=15), parameters=parameters)
+    ingest_flow.serve(name="nightly", schedules=[schedule], print_starting_message=False)
 """
 
 
@@ -96,7 +96,7 @@ def await_runs(url, state, timeout_s):
 def test_a_schedule_makes_runs_and_they_complete(server, tmp_path):
     url, environment = server
     (tmp_path / "scans").mkdir()
-    script = Path(tmp_path / "serve.py")
+    script = tmp_path / "serve.py"
     script.write_text(SERVE)
     process = start([sys.executable, str(script)], tmp_path, environment)
     try:

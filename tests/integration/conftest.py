@@ -1,0 +1,78 @@
+"""One hospital, one lake and one Ray cluster for all tests of the whole way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from memmc.config import Config, load_config
+from memmc.phantom.hospital import HospitalSummary, write_hospital
+from memmc.pipeline.results import IngestResult, TrainResult
+
+NUM_NORMAL, NUM_ABNORMAL, NUM_BROKEN = 150, 12, 7
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A working directory with a generated hospital, ingested and trained on."""
+
+    root: Path
+    config: Config
+    hospital: HospitalSummary
+    ingested: IngestResult
+    trained: TrainResult
+
+
+@pytest.fixture(scope="session")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> HospitalSummary:
+    """A small simulated hospital."""
+    out = tmp_path_factory.mktemp("h") / "hospital"
+    return write_hospital(
+        out, num_normal=NUM_NORMAL, num_abnormal=NUM_ABNORMAL, num_broken=NUM_BROKEN, seed=5, workers=os.cpu_count() or 1
+    )
+
+
+@pytest.fixture(scope="session")
+def settings() -> list[str]:
+    """Settings that keep the tests short and leave enough normals to calibrate on."""
+    return [
+        "lake.uri=lake",
+        "train.max_minutes=0.5",
+        "train.checkpoint_seconds=5",
+        "split.train=0.5",
+        "split.calibrate=0.3",
+        "split.test=0.2",
+        "evaluate.bootstrap=200",
+    ]
+
+
+@pytest.fixture(scope="session")
+def workspace(
+    tmp_path_factory: pytest.TempPathFactory, hospital: HospitalSummary, settings: list[str]
+) -> Iterator[Workspace]:
+    """Ingest and train once, in a working directory of its own, on a Ray cluster that stays up."""
+    from memmc.pipeline.cluster import ray_cluster
+    from memmc.pipeline.ingest import ingest
+    from memmc.pipeline.train import train
+
+    root, before = tmp_path_factory.mktemp("w"), Path.cwd()
+    os.chdir(root)
+    try:
+        config = load_config(overrides=settings)
+        with ray_cluster(config, root / ".memmc"):
+            account = ingest(config, str(hospital.dicom_dir), "cxr", labels_file=str(hospital.labels_csv))
+            trained = train(config, "cxr")
+            yield Workspace(root, config, hospital, account, trained)
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def inside(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The workspace, as the current directory."""
+    monkeypatch.chdir(workspace.root)
+    return workspace

@@ -1,0 +1,90 @@
+"""Processes killed at the worst moment: nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from memmc.lake.tables import Lake
+from memmc.pipeline.ingest import ingest
+from memmc.pipeline.progress import Silent
+from memmc.pipeline.train import train
+
+pytestmark = pytest.mark.slow
+
+_INGEST = (
+    "import sys; from memmc.config import load_config; from memmc.pipeline.ingest import ingest;"
+    "ingest(load_config(overrides=['lake.uri=killed', 'ingest.objects_per_task=16']), sys.argv[1], 'cxr', label='normal')"
+)
+
+
+def _shards(lake: Path) -> list[Path]:
+    return list(lake.glob("instances/**/*.parquet"))
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [*process.children(recursive=True), process]
+
+
+def test_an_ingest_killed_half_way_leaves_no_trace_and_the_next_completes(inside):
+    """Kill -9 of the driver and all its workers once shards exist, before the commit."""
+    command = [sys.executable, "-c", _INGEST, str(inside.hospital.dicom_dir)]
+    victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while not _shards(Path("killed")) and time.monotonic() < deadline:
+        assert victim.poll() is None, "ingest ended before it could be killed"
+        time.sleep(0.01)
+    for process in _tree(victim.pid):
+        process.kill()
+    victim.wait()
+    assert _shards(Path("killed"))
+    assert not Lake("killed").exists("instances")
+    config = inside.config.model_copy(update={"lake": inside.config.lake.model_copy(update={"uri": "killed"})})
+    account = ingest(config, str(inside.hospital.dicom_dir), "cxr", label="normal")
+    assert account.seen == inside.ingested.seen
+    assert account.stored == inside.ingested.stored
+    rows = Lake("killed").read("instances", ["object_key", "sop_instance_uid", "outcome"])
+    assert rows.num_rows == len(set(rows["object_key"].to_pylist())) == account.seen
+    stored = [row["sop_instance_uid"] for row in rows.to_pylist() if row["outcome"] == "stored"]
+    assert len(stored) == len(set(stored))
+
+
+class _KillsAWorker(Silent):
+    """Kills one training worker, once, after the first checkpoint must exist."""
+
+    def __init__(self, lake: Path) -> None:
+        self.lake, self.killed = lake, threading.Event()
+        self.progress_after: list[float] = []
+        self.steps: list[int] = []
+
+    def advance(self, done: float, note: str = "") -> None:
+        if not note.startswith("step"):
+            return
+        self.steps.append(int(note.split()[1]))
+        run = max((self.lake / "training").iterdir(), key=lambda path: path.stat().st_mtime)
+        if not self.killed.is_set() and list(run.glob("checkpoint_*")):
+            workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+            assert workers, "no training worker found"
+            os.kill(workers[-1].pid, signal.SIGKILL)
+            self.killed.set()
+
+
+def test_training_goes_on_from_its_checkpoint_when_a_worker_is_killed(inside):
+    watcher = _KillsAWorker(Path("lake"))
+    config = inside.config.model_copy(
+        update={"train": inside.config.train.model_copy(update={"max_steps": 400, "max_minutes": 3.0, "checkpoint_seconds": 3.0})}
+    )
+    result = train(config, "cxr", progress=watcher)
+    assert watcher.killed.is_set()
+    assert result.steps == 400
+    restarts = [b for a, b in zip(watcher.steps, watcher.steps[1:], strict=False) if b <= a]
+    assert all(step > 8 for step in restarts), "the run began again instead of resuming"
