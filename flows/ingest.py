@@ -1,7 +1,6 @@
 """The ingest flow: one step, its account as a table."""
 
-from __future__ import annotations
-
+# Annotations are evaluated here: Prefect could not resolve them as text when it loads the flow by its path.
 from pathlib import Path
 from typing import Any
 

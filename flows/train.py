@@ -1,7 +1,6 @@
 """The train flow: a registered and calibrated model, summarised."""
 
-from __future__ import annotations
-
+# Annotations are evaluated here: Prefect could not resolve them as text when it loads the flow by its path.
 from pathlib import Path
 from typing import Any
 

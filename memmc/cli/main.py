@@ -26,6 +26,7 @@ from memmc.cli.options import (
     ModelOption,
     SetOption,
     call,
+    prepare_flows,
 )
 from memmc.errors import MemmcError
 
@@ -100,6 +101,7 @@ def ingest(
             run.finish(plan, lambda: summaries.plan(plan))
             return
         if run.as_flow:
+            prepare_flows(run)
             from flows import ingest as flows_ingest
 
             result = flows_ingest.run(run.config, source, cohort, label, labels_file, home=run.home, progress=run.terminal)
@@ -131,6 +133,7 @@ def train(
             run.finish(plan, lambda: summaries.plan(plan))
             return
         if run.as_flow:
+            prepare_flows(run)
             from flows import train as flows_train
 
             result = flows_train.run(run.config, cohort, home=run.home, progress=run.terminal)
@@ -178,6 +181,7 @@ def score(
             run.finish(plan, lambda: summaries.plan(plan))
             return
         if run.as_flow:
+            prepare_flows(run)
             from flows import score as flows_score
 
             result = flows_score.run(run.config, cohort, model, home=run.home, progress=run.terminal)

@@ -69,3 +69,10 @@ def call(
         yield Call(loaded, terminal, as_json, flow or bool(os.environ.get("PREFECT_API_URL")))
     finally:
         terminal.close()
+
+
+def prepare_flows(run: Call) -> None:
+    """Settle where Prefect keeps its state, before anything imports it."""
+    from flows.embedded import prepare
+
+    prepare(run.home)

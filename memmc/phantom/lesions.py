@@ -77,7 +77,7 @@ def _nodule(thorax: Thorax, side: Side, rng: np.random.Generator) -> PlacedLesio
         bump = rng.normal(size=3)
         bump *= 0.45 * radius / np.linalg.norm(bump)
         bodies.append(ellipsoid(center + bump, (0.7 * radius,) * 3))
-    return PlacedLesion("nodule", side, 1.4 * MU_SOFT, tuple(bodies), None, thorax.vessels[side], 1.0, 2 * radius)
+    return PlacedLesion("nodule", side, 1.8 * MU_SOFT, tuple(bodies), None, thorax.vessels[side], 1.0, 2 * radius)
 
 
 def _consolidation(thorax: Thorax, side: Side, rng: np.random.Generator) -> PlacedLesion:
@@ -92,7 +92,7 @@ def _consolidation(thorax: Thorax, side: Side, rng: np.random.Generator) -> Plac
     for body in bodies:
         hidden |= contains(body, (tree.start + tree.end) / 2)
     return PlacedLesion(
-        "consolidation", side, 0.9 * MU_SOFT, tuple(bodies), None, _without(tree, hidden), 1.0, 2 * _spread(bodies)
+        "consolidation", side, 1.0 * MU_SOFT, tuple(bodies), None, _without(tree, hidden), 1.0, 2 * _spread(bodies)
     )
 
 
@@ -100,7 +100,7 @@ def _effusion(thorax: Thorax, side: Side, rng: np.random.Generator) -> PlacedLes
     """Free fluid of an upright patient: the lung floats on it, its convex base makes the meniscus."""
     lung = thorax.lungs[side]
     dome_top = float(thorax.organs[side][0].center[2]) + 92
-    rise = float(rng.uniform(-26, 2))
+    rise = float(rng.uniform(-30, -8))
     level = dome_top + rise
     x = float(lung.center[0]) * 0.62
     remaining = ellipsoid((x, float(lung.center[1]), level + 160), (145, 260, 160))
@@ -110,20 +110,23 @@ def _effusion(thorax: Thorax, side: Side, rng: np.random.Generator) -> PlacedLes
 
 
 def _pneumothorax(thorax: Thorax, side: Side, rng: np.random.Generator) -> PlacedLesion:
-    """Air over the apex and the side; the lung shrinks towards hilum and base with its vessels."""
+    """Air over the apex and the side; the lung shrinks towards hilum and base with its vessels.
+
+    It still reaches the chest wall in front and behind, so the air is a crescent seen from the front.
+    """
     lung = thorax.lungs[side]
     sign = 1.0 if side == "left" else -1.0
     pivot = np.array([sign * 22, float(lung.center[1]), float(thorax.organs[side][0].center[2]) + 60], np.float32)
-    factors = np.array([rng.uniform(0.70, 0.82), 1.0, rng.uniform(0.80, 0.9)], np.float32)
+    factors = np.array([rng.uniform(0.77, 0.86), 1.0, rng.uniform(0.84, 0.92)], np.float32)
     volume = float(factors.prod())
     return PlacedLesion(
         "pneumothorax",
         side,
         MU_AIR,
         (),
-        lung.contracted(pivot, factors),
+        lung.contracted(pivot, factors * np.array([1.0, 1.4, 1.0], np.float32)),
         thorax.vessels[side].contracted(pivot, factors),
-        min(1.0 / volume, 1.5),
+        min(1.0 / volume, 1.35),
         float(1 - factors[0]) * 140,
     )
 

@@ -79,7 +79,7 @@ def simulate(
 
 def _camera(rng: np.random.Generator, size_px: int, turn_degrees: float) -> Camera:
     """Upright stand with small errors of positioning; no turn is posterior-anterior."""
-    turn, lean = np.radians(turn_degrees + rng.normal(0, 1.8)), np.radians(rng.normal(0, 2.2))
+    turn, lean = np.radians(turn_degrees + rng.normal(0, 1.5)), np.radians(rng.normal(0, 1.8))
     shift = np.array([rng.normal(0, 10), 0, rng.normal(-14, 10)])
     right = np.array([np.cos(turn) * np.cos(lean), np.sin(turn) * np.cos(lean), np.sin(lean)])
     beam = np.array([np.sin(turn), -np.cos(turn), 0.0])
@@ -94,7 +94,7 @@ def _camera(rng: np.random.Generator, size_px: int, turn_degrees: float) -> Came
         right=right,
         down=down,
         size_px=size_px,
-        pixel_mm=FIELD_MM * float(rng.uniform(0.95, 1.07)) / size_px,
+        pixel_mm=FIELD_MM * float(rng.uniform(0.96, 1.06)) / size_px,
     )
 
 
@@ -142,7 +142,7 @@ def _texture(seed: int, size_px: int) -> Array:
     """Return (H, W) noise with the power law of unresolved lung markings; times sqrt(path in mm) it is attenuation."""
     rng = np.random.default_rng([seed, 4])
     field = np.zeros((size_px, size_px), np.float32)
-    for width_mm, strength in ((2.0, 0.0012), (5.0, 0.0018), (11.0, 0.0016)):
+    for width_mm, strength in ((2.0, 0.0010), (5.0, 0.0014), (11.0, 0.0012)):
         cells = max(8, round(FIELD_MM / width_mm))
         coarse = rng.standard_normal((cells, cells), dtype=np.float32)
         field += np.float32(strength) * _stretch(_stretch(coarse, size_px).T, size_px).T
@@ -176,7 +176,7 @@ def present(counts_HW: Array, photons: float, pixel_mm: float) -> npt.NDArray[np
     broad = _blur(level, 32.0 / pixel_mm)
     fine = _blur(level, 2.2 / pixel_mm)
     level = 0.62 * broad + 1.30 * (level - broad) + 0.40 * (level - fine)
-    grey = 1.0 / (1.0 + np.exp(-3.6 * (level - 0.42)))
+    grey = 1.0 / (1.0 + np.exp(-3.6 * (level - 0.32)))
     return np.rint(np.clip(grey, 0, 1) * ((1 << BITS_STORED) - 1)).astype(np.uint16)
 
 

@@ -276,7 +276,7 @@ def _shoulder_girdle(build: Build) -> Tubes:
     """Humeral shafts, and the lateral borders and spines of the scapulae."""
     u = np.linspace(0, 1, 10, dtype=np.float32)[:, None]
     wide = build.wide
-    shaft = np.array([179 * wide, 8, 98]) * (1 - u) + np.array([236 * wide, 6, -190]) * u
+    shaft = np.array([183 * wide, 8, 79]) * (1 - u) + np.array([236 * wide, 6, -190]) * u
     border = np.array([158 * wide, 40, 84]) * (1 - u) + np.array([142 * wide, 78, -34]) * u
     spine = np.array([164 * wide, 40, 112]) * (1 - u) + np.array([112 * wide, 84, 84]) * u
     bend = np.sin(np.pi * u) * np.array([7, 0, 0])

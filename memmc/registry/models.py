@@ -18,7 +18,6 @@ from memmc.registry.tracking import Tracking
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 DIGEST_TAG = "memmc.digest"
-WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
 _ACCEPTED = frozenset({".safetensors", ".json"})
 _REFERENCE = re.compile(r"(?:models:/)?(?P<name>[\w.-]+)(?:/(?P<version>\d+)|@(?P<alias>[\w.-]+))?", re.ASCII)

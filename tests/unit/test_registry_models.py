@@ -1,12 +1,12 @@
 import json
 import math
-import re
 
 import pytest
 
 from memmc.config import TrackingConfig
 from memmc.errors import ConfigError, IntegrityError, ModelError, StorageError
-from memmc.registry.models import CHAMPION, all_versions, download, model_digest, register, resolve
+from memmc.model.digest import model_digest
+from memmc.registry.models import CHAMPION, all_versions, download, register, resolve
 from memmc.registry.tracking import open_tracking
 
 
@@ -48,16 +48,6 @@ def test_a_registered_folder_comes_back_byte_for_byte(tracking, tmp_path):
     assert (fetched / "model.safetensors").read_bytes() == b"a" * 1000
     assert model_digest(fetched) == version.digest == model_digest(tmp_path / "cxr-61")
     assert [p.name for p in fetched.parent.iterdir()] == [version.digest]
-
-
-def test_digest_covers_both_files(tmp_path):
-    folder = model_folder(tmp_path / "m")
-    first = model_digest(folder)
-    assert re.fullmatch("[0-9a-f]{16}", first)
-    (folder / "model.json").write_text("{}")
-    second = model_digest(folder)
-    (folder / "model.safetensors").write_bytes(b"b")
-    assert len({first, second, model_digest(folder)}) == 3
 
 
 def test_every_form_of_reference(tracking, tmp_path):
