@@ -115,7 +115,9 @@ class ModelConfig(Section):
     decoder_depth: Positive = 4
     decoder_heads: Positive = 4
     mlp_ratio: float = Field(4.0, gt=0)
-    memory_slots: int = Field(16, ge=0, description="Learned key/value slots per encoder layer and head; 0 = none [M2].")
+    memory_slots: int = Field(
+        16, ge=0, description="Learned key/value slots per encoder layer and head; 0 = none [M2]."
+    )
     levels: Literal["all", "last"] = Field("all", description="Encoder levels the decoder attends to; [M2] all.")
     cross_attention: bool = Field(True, description="Multi-level cross-attention; off gives a plain MAE decoder.")
     gate: Literal["channel", "head", "scalar"] = Field(
@@ -161,8 +163,12 @@ class TrainConfig(Section):
     """One training run."""
 
     preset: Preset = Field("tiny", description="Model size; `model.*` fields override it.")
-    max_minutes: float = Field(10.0, gt=0, description="Wall time of the training loop; the schedule ends with it, min.")
-    max_steps: Positive = Field(20_000, description="Optimiser steps; whichever of the two bounds comes first ends the run.")
+    max_minutes: float = Field(
+        10.0, gt=0, description="Wall time of the training loop; the schedule ends with it, min."
+    )
+    max_steps: Positive = Field(
+        20_000, description="Optimiser steps; whichever of the two bounds comes first ends the run."
+    )
     num_workers: Positive = Field(2, description="Data-parallel workers.")
     use_gpu: bool | None = Field(None, description="One GPU per worker; found out when absent.")
     batch_size: Positive = Field(32, description="Images per worker and step.")
@@ -287,7 +293,9 @@ def load_config(
     if file is not None:
         for section, fields in _read_toml(Path(file)).items():
             if not isinstance(fields, dict):
-                raise ConfigError(f"configuration file: '{section}' stands outside a section; write [section] key = value")
+                raise ConfigError(
+                    f"configuration file: '{section}' stands outside a section; write [section] key = value"
+                )
             for key, value in fields.items():
                 _place(tree, f"{section}.{key}", value)
     for name, value in sorted((env or {}).items()):

@@ -40,7 +40,9 @@ app = typer.Typer(
 
 
 @app.command()
-def doctor(lake: LakeOption = None, config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False) -> None:
+def doctor(
+    lake: LakeOption = None, config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False
+) -> None:
     """Check what works on this machine; say the fix for what does not."""
     from memmc.pipeline.doctor import examine
 
@@ -57,7 +59,9 @@ def demo(
     config: ConfigOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the scans, the lake and the report.")] = Path("memmc-demo"),
+    out: Annotated[Path, typer.Option("--out", help="Folder for the scans, the lake and the report.")] = Path(
+        "memmc-demo"
+    ),
     minutes: Annotated[float, typer.Option("--minutes", help="Time to train, min.")] = 2.5,
     direct: Annotated[bool, typer.Option("--direct", help="Run the steps without Prefect.")] = False,
 ) -> None:
@@ -80,7 +84,9 @@ def _flow_steps() -> object:
 def ingest(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or s3:// prefix of DICOM objects.")],
     cohort: CohortOption,
-    label: Annotated[str | None, typer.Option("--label", help="Label of every object: normal, abnormal or unknown.")] = None,
+    label: Annotated[
+        str | None, typer.Option("--label", help="Label of every object: normal, abnormal or unknown.")
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option("--labels", metavar="FILE.csv", help="Columns path (or SOPInstanceUID) and label.")
     ] = None,
@@ -104,7 +110,9 @@ def ingest(
             prepare_flows(run)
             from flows import ingest as flows_ingest
 
-            result = flows_ingest.run(run.config, source, cohort, label, labels_file, home=run.home, progress=run.terminal)
+            result = flows_ingest.run(
+                run.config, source, cohort, label, labels_file, home=run.home, progress=run.terminal
+            )
         else:
             from memmc.pipeline.ingest import ingest as step
 
@@ -146,7 +154,9 @@ def train(
 
 @app.command()
 def calibrate(
-    cohort: Annotated[str | None, typer.Option("--cohort", metavar="C", help="Normals to calibrate on; the model's own.")] = None,
+    cohort: Annotated[
+        str | None, typer.Option("--cohort", metavar="C", help="Normals to calibrate on; the model's own.")
+    ] = None,
     model: ModelOption = None,
     lake: LakeOption = None,
     config: ConfigOption = None,
@@ -197,7 +207,8 @@ def scores(
     cohort: CohortOption,
     model: ModelOption = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Parquet or CSV by its ending; CSV on stdout when absent.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Parquet or CSV by its ending; CSV on stdout when absent."),
     ] = None,
     lake: LakeOption = None,
     config: ConfigOption = None,
@@ -224,7 +235,9 @@ def evaluate(
     model: ModelOption = None,
     masks: Annotated[
         Path | None,
-        typer.Option("--masks", metavar="FILE.csv", help="Columns sop_instance_uid, path: lesion masks as PNG, for pixel AUROC."),
+        typer.Option(
+            "--masks", metavar="FILE.csv", help="Columns sop_instance_uid, path: lesion masks as PNG, for pixel AUROC."
+        ),
     ] = None,
     lake: LakeOption = None,
     config: ConfigOption = None,
@@ -244,7 +257,9 @@ def report(
     cohort: CohortOption,
     model: ModelOption = None,
     masks: Annotated[Path | None, typer.Option("--masks", metavar="FILE.csv", help="As for evaluate.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE.html", help="The file; reports/ in the lake when absent.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.html", help="The file; reports/ in the lake when absent.")
+    ] = None,
     lake: LakeOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -266,7 +281,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Hold the options of the command itself."""
 

@@ -30,7 +30,9 @@ FlowOption = Annotated[
 CohortOption = Annotated[str, typer.Option("--cohort", metavar="C", help="Name the instances are filed under.")]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help="name, name/version, name@alias or a model folder; else the champion."),
+    typer.Option(
+        "--model", metavar="MODEL", help="name, name/version, name@alias or a model folder; else the champion."
+    ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 

@@ -46,8 +46,8 @@ def calibrate(result: CalibrationResult) -> str:
 def score(result: ScoreResult) -> str:
     """Counts and rate."""
     return (
-        f"{result.instances} instances: {result.scored} scored, {result.already_scored} already scored by {result.model}; "
-        f"{result.abnormal} abnormal ({result.images_per_second:.0f} images/s)"
+        f"{result.instances} instances: {result.scored} scored, {result.already_scored} already scored "
+        f"by {result.model}; {result.abnormal} abnormal ({result.images_per_second:.0f} images/s)"
     )
 
 
@@ -91,8 +91,8 @@ def demo(result: DemoResult) -> str:
             f"ingest    {account['seen']} objects: {account['stored']} stored, {account['duplicate']} duplicate, "
             f"{account['excluded']} excluded, {account['quarantined']} quarantined",
             f"train     {result.model}: {result.steps} steps in {result.train_seconds:.0f} s",
-            f"detect    AUROC {quality['auroc']:.3f} ({quality['auroc_low']:.3f} - {quality['auroc_high']:.3f}), best control "
-            f"{max(quality['controls'].values()):.3f}; pixel AUROC {quality['pixel_auroc']:.3f}",
+            f"detect    AUROC {quality['auroc']:.3f} ({quality['auroc_low']:.3f} - {quality['auroc_high']:.3f}), "
+            f"best control {max(quality['controls'].values()):.3f}; pixel AUROC {quality['pixel_auroc']:.3f}",
             f"threshold chosen false-positive rate {quality['chosen_false_positive_rate']:.0%}, observed "
             f"{quality['false_positive_rate']:.1%}, sensitivity {quality['sensitivity']:.0%}",
             f"report    {result.report}   ({result.seconds:.0f} s in all)",

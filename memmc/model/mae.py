@@ -35,9 +35,9 @@ class MAEOutput(NamedTuple):
     """
 
     loss: Tensor
-    pred_BLP: Tensor  # noqa: N815
-    mask_BL: Tensor  # noqa: N815
-    ids_keep_BK: Tensor  # noqa: N815
+    pred_BLP: Tensor
+    mask_BL: Tensor
+    ids_keep_BK: Tensor
 
 
 class MemMCMAE(nn.Module):

@@ -40,8 +40,8 @@ class Radiograph:
         info: what was drawn: pixel_mm, breath_mm, photons, sex, and the lesion's kind, side and size.
     """
 
-    image_HW: npt.NDArray[np.uint16]  # noqa: N815
-    mask_HW: npt.NDArray[np.bool_]  # noqa: N815
+    image_HW: npt.NDArray[np.uint16]
+    mask_HW: npt.NDArray[np.bool_]
     info: dict[str, Any]
 
 

@@ -21,11 +21,11 @@ from memmc.config import SplitConfig
 from memmc.dicom.convert import Converted, ConvertPolicy, rejected
 from memmc.dicom.deidentify import content_key, object_key, seal_path
 from memmc.dicom.sandbox import Sandbox
+from memmc.errors import StorageError
+from memmc.lake.schemas import INSTANCES, SCHEMAS
 from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.splits import split_of
 from memmc.lake.storage import Storage
-from memmc.errors import StorageError
-from memmc.lake.schemas import INSTANCES, SCHEMAS
 from memmc.pipeline.labels import StatedLabels
 from memmc.sources.folder_s3 import FetchFailed, SourceObject, fetch
 

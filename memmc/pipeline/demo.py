@@ -79,7 +79,9 @@ def run_demo(config: Config, out: Path, home: Path, progress: Progress, steps: S
         progress=lambda done, _total: progress.advance(done),
     )
     with ray_cluster(config, home):
-        steps.ingest(config, str(hospital / "dicom"), COHORT, labels_file=str(hospital / "labels.csv"), progress=progress)
+        steps.ingest(
+            config, str(hospital / "dicom"), COHORT, labels_file=str(hospital / "labels.csv"), progress=progress
+        )
         model, trained = _trained(config, home, steps, progress)
         steps.score(config, COHORT, model, progress=progress)
         page = out / "report.html"

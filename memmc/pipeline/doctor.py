@@ -56,7 +56,10 @@ def examine(config: Config, progress: Progress | None = None) -> DoctorResult:
         except MemmcError as error:
             found, fix = "does not work", str(error)
         except (OSError, ImportError, RuntimeError, subprocess.SubprocessError) as error:
-            found, fix = f"{type(error).__name__}", "run `make setup` again; if it stays, the message is: " + str(error)[:300]
+            found, fix = (
+                f"{type(error).__name__}",
+                "run `make setup` again; if it stays, the message is: " + str(error)[:300],
+            )
         results.append(Check(name=name, ok=not fix, found=found, fix=fix))
     return DoctorResult(healthy=all(check.ok for check in results), checks=results)
 
@@ -151,5 +154,3 @@ def _mlflow(config: Config) -> Finding:
 
     tracking = open_tracking(config.tracking, home_directory())
     return f"tracking store answers ({tracking.scheme})", ""
-
-

@@ -14,7 +14,12 @@ from memmc.pipeline.results import EvaluationResult
 
 
 def evaluate(
-    config: Config, cohort: str, model: str | None = None, *, masks: Path | None = None, progress: Progress | None = None
+    config: Config,
+    cohort: str,
+    model: str | None = None,
+    *,
+    masks: Path | None = None,
+    progress: Progress | None = None,
 ) -> EvaluationResult:
     """Measure a model on every labelled instance of a cohort whose patient it was neither trained nor calibrated on.
 

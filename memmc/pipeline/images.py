@@ -60,13 +60,17 @@ def read_masks(file: Path, key: bytes | None, data: DataConfig) -> dict[str, npt
     from PIL import Image
 
     if key is None:
-        raise UsageError("masks name SOPInstanceUIDs, which only the holder of the identity key can look up; set deid.key_file")
+        raise UsageError(
+            "masks name SOPInstanceUIDs, which only the holder of the identity key can look up; set deid.key_file"
+        )
     try:
         with file.open(newline="") as handle:
             rows = list(csv.DictReader(handle))
         pairs = [(keyed_uid(key, row["sop_instance_uid"]), row["path"]) for row in rows]
     except (OSError, KeyError, csv.Error) as error:
-        raise UsageError(f"mask table cannot be read ({type(error).__name__}); expected columns sop_instance_uid, path") from None
+        raise UsageError(
+            f"mask table cannot be read ({type(error).__name__}); expected columns sop_instance_uid, path"
+        ) from None
     masks: dict[str, npt.NDArray[np.bool_]] = {}
     for uid, path in pairs:
         with Image.open(file.parent / path) as image:

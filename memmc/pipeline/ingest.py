@@ -125,7 +125,9 @@ def preview(
     check_cohort(cohort)
     job, known, new = plan(config, source, cohort, label, labels_file, progress or Silent())
     labelled = sum(job.labels.of(item.path, None) != "unknown" for item in new)
-    return PlanResult({"objects listed": known + len(new), "already ingested": known, "new": len(new), "labelled": labelled})
+    return PlanResult(
+        {"objects listed": known + len(new), "already ingested": known, "new": len(new), "labelled": labelled}
+    )
 
 
 def check_cohort(cohort: str) -> None:
@@ -202,7 +204,14 @@ def settle_duplicates(job: IngestJob, shards: list[WrittenShard], stored: dict[s
             else:
                 outcome, reason = verdict
                 moved[outcome].append(
-                    {**row, "outcome": outcome, "split": "none", "reason": reason, "pixels": None, "preprocess_id": None}
+                    {
+                        **row,
+                        "outcome": outcome,
+                        "split": "none",
+                        "reason": reason,
+                        "pixels": None,
+                        "preprocess_id": None,
+                    }
                 )
         if kept:
             settled.append(write_partition(job.storage, "stored", shard.file.partition["split"], kept))
@@ -231,7 +240,9 @@ def check_balance(listed: int, accounted: list[str]) -> None:
         )
 
 
-def _convert(ray: Any, config: Config, job: IngestJob, new: list[SourceObject], progress: Progress) -> Iterator[WrittenShard]:
+def _convert(
+    ray: Any, config: Config, job: IngestJob, new: list[SourceObject], progress: Progress
+) -> Iterator[WrittenShard]:
     """Yield the shards in listing order, so that the first of two duplicates is the same in every run."""
     size = config.ingest.objects_per_task or _objects_per_task(config, len(new), int(ray.cluster_resources()["CPU"]))
     chunks = [new[start : start + size] for start in range(0, len(new), size)]
@@ -271,7 +282,5 @@ def _seen_objects(lake: Lake, cohort: str) -> set[str]:
 def _stored_contents(lake: Lake, cohort: str) -> dict[str, str]:
     if not lake.exists("instances"):
         return {}
-    table = lake.read(
-        "instances", ["sop_instance_uid", "content_key"], filter={"cohort": cohort, "outcome": "stored"}
-    )
+    table = lake.read("instances", ["sop_instance_uid", "content_key"], filter={"cohort": cohort, "outcome": "stored"})
     return dict(zip(table["sop_instance_uid"].to_pylist(), table["content_key"].to_pylist(), strict=True))

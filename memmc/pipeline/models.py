@@ -81,5 +81,7 @@ def open_model(config: Config, home: Path, reference: str | None) -> OpenModel:
     try:
         info = json.loads((folder / "model.json").read_text())
     except (OSError, json.JSONDecodeError):
-        raise ModelError(f"model {version.ref}: model.json is missing or unreadable; train or register it again") from None
+        raise ModelError(
+            f"model {version.ref}: model.json is missing or unreadable; train or register it again"
+        ) from None
     return OpenModel(ref=version.ref, digest=model_digest(folder), folder=folder, info=info, run_id=version.run_id)

@@ -123,7 +123,12 @@ def _gather(config: Config, lake: Lake, model: OpenModel, cohort: str, assessmen
 
 
 def _galleries(
-    lake: Lake, model: OpenModel, cohort: str, calibration_id: str, rows: list[dict[str, Any]], assessment: Assessment | None
+    lake: Lake,
+    model: OpenModel,
+    cohort: str,
+    calibration_id: str,
+    rows: list[dict[str, Any]],
+    assessment: Assessment | None,
 ) -> dict[str, tuple[Case, ...]]:
     chosen = select_cases(
         [row["label"] for row in rows], [row["anomaly_score"] for row in rows], [row["is_abnormal"] for row in rows]

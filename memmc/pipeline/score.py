@@ -35,9 +35,7 @@ def preview(config: Config, cohort: str, model: str | None = None) -> PlanResult
     return PlanResult({"instances": len(rows), "already scored": len(done), "to score": len(rows) - len(done)})
 
 
-def score(
-    config: Config, cohort: str, model: str | None = None, *, progress: Progress | None = None
-) -> ScoreResult:
+def score(config: Config, cohort: str, model: str | None = None, *, progress: Progress | None = None) -> ScoreResult:
     """Score the instances of a cohort that the model's newest calibration has not scored yet.
 
     A killed run leaves whole shards or nothing; the next run scores what is missing.
@@ -143,5 +141,7 @@ def _score(
     if waiting:
         committed = lake.commit(SCORES, waiting, run, step=step + 1)
     if done != len(missing):
-        raise DataError(f"{len(missing)} instances were to be scored, {done} were; run `memmc score` again for the rest")
+        raise DataError(
+            f"{len(missing)} instances were to be scored, {done} were; run `memmc score` again for the rest"
+        )
     return committed, flagged

@@ -63,7 +63,12 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
     tracked = tracking.start_run(
         f"memmc/{cohort}",
         run,
-        tags={"run": run, "cohort": cohort, "dataset_version": str(version), "preprocess_id": str(job.description["preprocess_id"])},
+        tags={
+            "run": run,
+            "cohort": cohort,
+            "dataset_version": str(version),
+            "preprocess_id": str(job.description["preprocess_id"]),
+        },
         params=_params(config),
     )
     progress.message(f"{len(rows)} normal images, table version {version}, {config.train.num_workers} workers")
@@ -87,7 +92,11 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
             )
             watcher.flush()
             registered = register(
-                tracking, tracked, Path(folder), f"memmc-{cohort}", tags={"cohort": cohort, "dataset_version": str(version)}
+                tracking,
+                tracked,
+                Path(folder),
+                f"memmc-{cohort}",
+                tags={"cohort": cohort, "dataset_version": str(version)},
             )
             model = open_model(config, home, registered.ref)
             calibration = calibrate_model(config, ray, lake, model, cohort, progress)

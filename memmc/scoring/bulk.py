@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from memmc.config import ScoreConfig
-from memmc.lake.schemas import SCORES, SCHEMAS
+from memmc.lake.schemas import SCHEMAS, SCORES
 from memmc.lake.shards import write_shard
 from memmc.lake.storage import Storage
 from memmc.lake.stream import PIXEL_COLUMNS, pixels_to_array

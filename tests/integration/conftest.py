@@ -32,7 +32,12 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> HospitalSummary:
     """A small simulated hospital."""
     out = tmp_path_factory.mktemp("h") / "hospital"
     return write_hospital(
-        out, num_normal=NUM_NORMAL, num_abnormal=NUM_ABNORMAL, num_broken=NUM_BROKEN, seed=5, workers=os.cpu_count() or 1
+        out,
+        num_normal=NUM_NORMAL,
+        num_abnormal=NUM_ABNORMAL,
+        num_broken=NUM_BROKEN,
+        seed=5,
+        workers=os.cpu_count() or 1,
     )
 
 

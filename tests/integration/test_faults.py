@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 _INGEST = (
     "import sys; from memmc.config import load_config; from memmc.pipeline.ingest import ingest;"
-    "ingest(load_config(overrides=['lake.uri=killed', 'ingest.objects_per_task=16']), sys.argv[1], 'cxr', label='normal')"
+    "config = load_config(overrides=['lake.uri=killed', 'ingest.objects_per_task=16']);"
+    "ingest(config, sys.argv[1], 'cxr', label='normal')"
 )
 
 
@@ -72,7 +73,9 @@ class _KillsAWorker(Silent):
         self.steps.append(int(note.split()[1]))
         run = max((self.lake / "training").iterdir(), key=lambda path: path.stat().st_mtime)
         if not self.killed.is_set() and list(run.glob("checkpoint_*")):
-            workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+            workers = [
+                p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])
+            ]
             assert workers, "no training worker found"
             os.kill(workers[-1].pid, signal.SIGKILL)
             self.killed.set()
@@ -81,7 +84,11 @@ class _KillsAWorker(Silent):
 def test_training_goes_on_from_its_checkpoint_when_a_worker_is_killed(inside):
     watcher = _KillsAWorker(Path("lake"))
     config = inside.config.model_copy(
-        update={"train": inside.config.train.model_copy(update={"max_steps": 400, "max_minutes": 3.0, "checkpoint_seconds": 3.0})}
+        update={
+            "train": inside.config.train.model_copy(
+                update={"max_steps": 400, "max_minutes": 3.0, "checkpoint_seconds": 3.0}
+            )
+        }
     )
     result = train(config, "cxr", progress=watcher)
     assert watcher.killed.is_set()

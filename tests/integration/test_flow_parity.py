@@ -18,7 +18,9 @@ _OF_THE_RUN = {"ingest_run", "ingested_at"}
 
 
 def _memmc(*arguments: str) -> dict:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MEMMC_", "PREFECT_", "RAY_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MEMMC_", "PREFECT_", "RAY_"))
+    }
     command = [sys.executable, "-m", "memmc.cli.main", *arguments, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

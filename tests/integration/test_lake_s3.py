@@ -225,7 +225,7 @@ class Faulty(BaseHTTPRequestHandler):
             self.server.cut = False
             self.close_connection = True
 
-    do_PUT = do_GET  # noqa: N815
+    do_PUT = do_GET
 
     def log_message(self, *_: object) -> None:
         pass

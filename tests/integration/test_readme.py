@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,8 @@ def test_readme_commands_run_as_written(inside, hospital, monkeypatch, tmp_path)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     data = tmp_path / "data"
     data.mkdir()
-    (data / "dicom").symlink_to(hospital.dicom_dir)
-    (data / "labels.csv").symlink_to(hospital.labels_csv)
+    shutil.copytree(hospital.dicom_dir, data / "dicom")
+    shutil.copy(hospital.labels_csv, data / "labels.csv")
     ran = 0
     for line in commands():
         if line in MADE:
@@ -56,4 +57,4 @@ def test_readme_commands_run_as_written(inside, hospital, monkeypatch, tmp_path)
 def test_readme_names_the_make_targets_that_exist():
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{name.split()[1]}:", makefile, re.MULTILINE) for name in MADE)
-    assert MADE <= set(commands())
+    assert set(commands()) >= MADE

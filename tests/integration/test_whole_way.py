@@ -39,9 +39,11 @@ def test_a_second_ingest_adds_nothing(inside):
 
 
 def test_labels_and_splits_belong_to_patients(workspace):
-    rows = Lake(workspace.config.lake.uri).read(
-        "instances", ["patient_key", "split", "label"], filter={"outcome": "stored"}
-    ).to_pylist()
+    rows = (
+        Lake(workspace.config.lake.uri)
+        .read("instances", ["patient_key", "split", "label"], filter={"outcome": "stored"})
+        .to_pylist()
+    )
     splits: dict[str, set[str]] = {}
     for row in rows:
         splits.setdefault(row["patient_key"], set()).add(row["split"])
@@ -127,7 +129,9 @@ def test_evaluation_uses_only_patients_the_model_never_met(inside):
     model = open_model(inside.config, home_directory(), None)
     met = met_patients(lake, model)
     assert met == {
-        row["patient_key"] for split in ("train", "calibrate") for row in normals(lake, "cxr", split, model.dataset_version)
+        row["patient_key"]
+        for split in ("train", "calibrate")
+        for row in normals(lake, "cxr", split, model.dataset_version)
     }
     assert result.num_normal == len(normals(lake, "cxr", "test"))
     assert result.num_abnormal == inside.hospital.num_abnormal

@@ -16,7 +16,9 @@ VERBS = {"doctor", "demo", "ingest", "train", "calibrate", "score", "scores", "e
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MEMMC_", "PREFECT_"))}
     command = [sys.executable, "-m", "memmc.cli.main", *arguments]
-    return subprocess.run(command, cwd=cwd, env={**clean, **env}, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env={**clean, **env}, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_help_lists_the_verbs_that_exist(tmp_path):
@@ -30,7 +32,9 @@ def test_the_first_line_comes_without_heavy_imports(tmp_path):
     began = time.monotonic()
     memmc("ingest", "--help", cwd=tmp_path)
     once = time.monotonic() - began
-    heavy = "import sys, memmc.cli.main; print(sorted({'torch','ray','mlflow','prefect','deltalake'} & set(sys.modules)))"
+    heavy = (
+        "import sys, memmc.cli.main; print(sorted({'torch','ray','mlflow','prefect','deltalake'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert once < 10  # a loaded machine; 0.7 s on an idle one

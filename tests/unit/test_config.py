@@ -37,7 +37,9 @@ def test_unknown_keys_are_refused_in_files_and_environment(tmp_path):
         load_config(env={"MEMMC_TRAIN__SED": "1"})
 
 
-@pytest.mark.parametrize("override", ["train.max_minutes=-1", "data.bits=12", "train.seed=x", "split.train=0.9", "train.seed"])
+@pytest.mark.parametrize(
+    "override", ["train.max_minutes=-1", "data.bits=12", "train.seed=x", "split.train=0.9", "train.seed"]
+)
 def test_values_out_of_range_are_refused(override):
     with pytest.raises(ConfigError):
         load_config(overrides=[override])
