@@ -38,20 +38,20 @@ class Section(BaseModel):
 class LakeConfig(Section):
     """Where the tables live."""
 
-    uri: str = Field("lake", description="Root of all tables: a local path, file:// or s3:// URI.")
+    uri: str = Field(default="lake", description="Root of all tables: a local path, file:// or s3:// URI.")
 
 
 class DataConfig(Section):
     """How an instance becomes pixels; these fields hash into `preprocess_id`."""
 
-    image_size: int = Field(64, ge=16, le=4096, description="Side of the stored square image, px.")
-    bits: Literal[8, 16] = Field(16, description="Bits per stored pixel, unsigned little-endian.")
+    image_size: int = Field(default=64, ge=16, le=4096, description="Side of the stored square image, px.")
+    bits: Literal[8, 16] = Field(default=16, description="Bits per stored pixel, unsigned little-endian.")
     fit: Literal["stretch", "pad", "crop"] = Field(
-        "stretch",
+        default="stretch",
         description="A non-square image is stretched to the square, padded with black, or centre-cropped.",
     )
     window: Literal["first", "full"] = Field(
-        "first",
+        default="first",
         description="Grey range: the first VOI LUT or window of the object (PS3.3 C.11.2), or the full stored range.",
     )
 
@@ -60,32 +60,42 @@ class DeidConfig(Section):
     """De-identification (PS3.15 Annex E, default-deny)."""
 
     key_file: str | None = Field(
-        None, description="File with the identity key, at least 32 bytes; a throw-away key is made when absent."
+        default=None, description="File with the identity key, at least 32 bytes; a throw-away key is made when absent."
     )
-    max_date_shift_days: int = Field(365, ge=1, le=3650, description="Bound of the per-patient date shift, days.")
+    max_date_shift_days: int = Field(
+        default=365, ge=1, le=3650, description="Bound of the per-patient date shift, days."
+    )
 
 
 class SelectConfig(Section):
     """Which instances are in scope; everything else is `excluded` with a reason."""
 
-    modalities: tuple[str, ...] = Field(("CR", "DX", "DR", "RG"), description="Accepted (0008,0060) Modality values.")
-    secondary_capture: bool = Field(False, description="Accept Secondary Capture objects of an accepted modality.")
-    lateral_views: bool = Field(False, description="Accept lateral (0018,5101) View Position values.")
+    modalities: tuple[str, ...] = Field(
+        default=("CR", "DX", "DR", "RG"), description="Accepted (0008,0060) Modality values."
+    )
+    secondary_capture: bool = Field(
+        default=False, description="Accept Secondary Capture objects of an accepted modality."
+    )
+    lateral_views: bool = Field(default=False, description="Accept lateral (0018,5101) View Position values.")
     burned_in_annotation: Literal["refuse", "accept"] = Field(
-        "refuse", description="What to do when (0028,0301) Burned In Annotation is YES."
+        default="refuse", description="What to do when (0028,0301) Burned In Annotation is YES."
     )
 
 
 class IngestConfig(Section):
     """Limits on untrusted objects and the shape of the work."""
 
-    max_file_bytes: int = Field(2 << 30, ge=1, description="Larger objects are quarantined, bytes.")
-    max_decoded_bytes: int = Field(2 << 30, ge=1, description="Bound on rows x columns x samples x frames, bytes.")
-    max_rows: int = Field(16_384, ge=1, description="Bound on (0028,0010) Rows and (0028,0011) Columns, px.")
-    memory_bytes: int = Field(3 << 30, ge=1 << 28, description="Address space of a decoding process, bytes.")
-    timeout_s: float = Field(60.0, gt=0, description="Wall time one object may take, s.")
+    max_file_bytes: int = Field(default=2 << 30, ge=1, description="Larger objects are quarantined, bytes.")
+    max_decoded_bytes: int = Field(
+        default=2 << 30, ge=1, description="Bound on rows x columns x samples x frames, bytes."
+    )
+    max_rows: int = Field(default=16_384, ge=1, description="Bound on (0028,0010) Rows and (0028,0011) Columns, px.")
+    memory_bytes: int = Field(default=3 << 30, ge=1 << 28, description="Address space of a decoding process, bytes.")
+    timeout_s: float = Field(default=60.0, gt=0, description="Wall time one object may take, s.")
     objects_per_task: int | None = Field(
-        None, ge=1, description="Objects one task converts into one set of shards; chosen from the count when absent."
+        default=None,
+        ge=1,
+        description="Objects one task converts into one set of shards; chosen from the count when absent.",
     )
 
 
@@ -106,24 +116,31 @@ class SplitConfig(Section):
 class ModelConfig(Section):
     """MemMC-MAE. Marks: [MAE] He et al. 2022, [M2] Cornia et al. 2020, [choice] ours."""
 
-    patch_size: Positive = Field(8, description="Side of a patch, px.")
-    mask_ratio: Fraction = Field(0.75, description="Share of patches removed [MAE].")
+    patch_size: Positive = Field(default=8, description="Side of a patch, px.")
+    mask_ratio: Fraction = Field(default=0.75, description="Share of patches removed [MAE].")
     encoder_dim: Positive = 192
     encoder_depth: Positive = 6
     encoder_heads: Positive = 3
     decoder_dim: Positive = 128
     decoder_depth: Positive = 4
     decoder_heads: Positive = 4
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0)
     memory_slots: int = Field(
-        16, ge=0, description="Learned key/value slots per encoder layer and head; 0 = none [M2]."
+        default=16, ge=0, description="Learned key/value slots per encoder layer and head; 0 = none [M2]."
     )
-    levels: Literal["all", "last"] = Field("all", description="Encoder levels the decoder attends to; [M2] all.")
-    cross_attention: bool = Field(True, description="Multi-level cross-attention; off gives a plain MAE decoder.")
+    levels: Literal["all", "last"] = Field(
+        default="all", description="Encoder levels the decoder attends to; [M2] all."
+    )
+    cross_attention: bool = Field(
+        default=True, description="Multi-level cross-attention; off gives a plain MAE decoder."
+    )
     gate: Literal["channel", "head", "scalar"] = Field(
-        "channel", description="Granularity of the level gates; channel is the [M2] form, head and scalar are cheaper."
+        default="channel",
+        description="Granularity of the level gates; channel is the [M2] form, head and scalar are cheaper.",
     )
-    norm_pix_loss: bool = Field(False, description="Normalise target patches; off, since the score needs intensities.")
+    norm_pix_loss: bool = Field(
+        default=False, description="Normalise target patches; off, since the score needs intensities."
+    )
 
 
 PRESETS: Mapping[Preset, Mapping[str, Mapping[str, Any]]] = {
@@ -162,29 +179,31 @@ PRESETS: Mapping[Preset, Mapping[str, Mapping[str, Any]]] = {
 class TrainConfig(Section):
     """One training run."""
 
-    preset: Preset = Field("tiny", description="Model size; `model.*` fields override it.")
+    preset: Preset = Field(default="tiny", description="Model size; `model.*` fields override it.")
     max_minutes: float = Field(
-        10.0, gt=0, description="Wall time of the training loop; the schedule ends with it, min."
+        default=10.0, gt=0, description="Wall time of the training loop; the schedule ends with it, min."
     )
     max_steps: Positive = Field(
-        20_000, description="Optimiser steps; whichever of the two bounds comes first ends the run."
+        default=20_000, description="Optimiser steps; whichever of the two bounds comes first ends the run."
     )
-    num_workers: Positive = Field(2, description="Data-parallel workers.")
-    use_gpu: bool | None = Field(None, description="One GPU per worker; found out when absent.")
-    batch_size: Positive = Field(32, description="Images per worker and step.")
-    base_lr: float = Field(1.5e-3, gt=0, description="Learning rate per 256 images of global batch.")
-    weight_decay: float = Field(0.05, ge=0, description="[MAE]")
-    warmup: Fraction = Field(0.05, description="Share of the run spent on linear warm-up.")
-    clip_grad_norm: float = Field(1.0, gt=0)
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="Decay per step; scored weights are the average.")
-    crop_scale: Fraction = Field(0.8, description="Smallest area share of the random resized crop.")
-    rotate_degrees: float = Field(5.0, ge=0, le=45, description="Bound of the random rotation, degrees.")
+    num_workers: Positive = Field(default=2, description="Data-parallel workers.")
+    use_gpu: bool | None = Field(default=None, description="One GPU per worker; found out when absent.")
+    batch_size: Positive = Field(default=32, description="Images per worker and step.")
+    base_lr: float = Field(default=1.5e-3, gt=0, description="Learning rate per 256 images of global batch.")
+    weight_decay: float = Field(default=0.05, ge=0, description="[MAE]")
+    warmup: Fraction = Field(default=0.05, description="Share of the run spent on linear warm-up.")
+    clip_grad_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1, description="Decay per step; scored weights are the average.")
+    crop_scale: Fraction = Field(default=0.8, description="Smallest area share of the random resized crop.")
+    rotate_degrees: float = Field(default=5.0, ge=0, le=45, description="Bound of the random rotation, degrees.")
     cache_bytes: int = Field(
-        2 << 30, ge=0, description="A worker keeps its share of the images in memory up to this size, bytes."
+        default=2 << 30, ge=0, description="A worker keeps its share of the images in memory up to this size, bytes."
     )
-    checkpoint_seconds: float = Field(60.0, gt=0, description="Time between checkpoints, s.")
-    max_failures: int = Field(3, ge=0, description="Worker failures survived by restarting from the last checkpoint.")
-    seed: int = Field(0, ge=0)
+    checkpoint_seconds: float = Field(default=60.0, gt=0, description="Time between checkpoints, s.")
+    max_failures: int = Field(
+        default=3, ge=0, description="Worker failures survived by restarting from the last checkpoint."
+    )
+    seed: int = Field(default=0, ge=0)
 
 
 class ScoreConfig(Section):
@@ -192,40 +211,45 @@ class ScoreConfig(Section):
 
     scorer: ScorerName = "residual_statistics"
     passes: Positive = Field(
-        4, description="Forward passes per image, a multiple of 1 / (1 - mask_ratio) (complementary masks) [choice]."
+        default=4,
+        description="Forward passes per image, a multiple of 1 / (1 - mask_ratio) (complementary masks) [choice].",
     )
     batch_size: Positive = 64
-    num_actors: Positive = Field(2, description="Scoring actors.")
-    grid: Positive = Field(4, description="Side of the coarse grid of residual features, cells [choice].")
-    components: Positive = Field(16, description="Principal components of the residual statistics [choice].")
+    num_actors: Positive = Field(default=2, description="Scoring actors.")
+    grid: Positive = Field(default=4, description="Side of the coarse grid of residual features, cells [choice].")
+    components: Positive = Field(default=16, description="Principal components of the residual statistics [choice].")
 
 
 class CalibrateConfig(Section):
     """Thresholds from normals alone."""
 
-    false_positive_rate: Fraction = Field(0.05, description="Share of normal patients' images to be flagged at most.")
-    min_normals: Positive = Field(20, description="Fewer held-out normal images refuse a calibration.")
+    false_positive_rate: Fraction = Field(
+        default=0.05, description="Share of normal patients' images to be flagged at most."
+    )
+    min_normals: Positive = Field(default=20, description="Fewer held-out normal images refuse a calibration.")
 
 
 class EvaluateConfig(Section):
     """Evaluation."""
 
-    bootstrap: Positive = Field(1000, description="Patient-bootstrap resamplings.")
+    bootstrap: Positive = Field(default=1000, description="Patient-bootstrap resamplings.")
     confidence: Fraction = 0.95
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
 
 class TrackingConfig(Section):
     """MLflow."""
 
-    uri: str | None = Field(None, description="Tracking server; an SQLite file under .memmc/ when absent.")
+    uri: str | None = Field(default=None, description="Tracking server; an SQLite file under .memmc/ when absent.")
 
 
 class RayConfig(Section):
     """Where the parallel work runs."""
 
-    address: str | None = Field(None, description="Cluster to join; a local one is started when absent.")
-    num_cpus: int | None = Field(None, ge=2, description="Logical CPUs of the local cluster; cores + 2 when absent.")
+    address: str | None = Field(default=None, description="Cluster to join; a local one is started when absent.")
+    num_cpus: int | None = Field(
+        default=None, ge=2, description="Logical CPUs of the local cluster; cores + 2 when absent."
+    )
 
 
 class Config(Section):

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +29,9 @@ from memmc.cli.options import (
     prepare_flows,
 )
 from memmc.errors import MemmcError
+
+if TYPE_CHECKING:
+    from memmc.pipeline.demo import Steps
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,7 +77,7 @@ def demo(
         run.finish(result, lambda: summaries.demo(result))
 
 
-def _flow_steps() -> object:
+def _flow_steps() -> Steps:
     from flows import demo as flow
 
     return flow.steps()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ class Call:
 @contextmanager
 def call(
     lake: str | None, config: Path | None, settings: list[str] | None, *, as_json: bool, flow: bool = False
-) -> Iterator[Call]:
+) -> Generator[Call]:
     """Validate the configuration before anything else, then open the terminal."""
     overrides = [*(settings or []), *([f"lake.uri={lake}"] if lake else [])]
     loaded = load_config(config, os.environ, overrides)

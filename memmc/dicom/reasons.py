@@ -76,7 +76,7 @@ EXCLUDED: frozenset[str] = frozenset(
 """Healthy objects out of scope; any other reason means something is wrong or risky: quarantined."""
 
 
-class Rejected(Exception):  # noqa: N818 - a verdict, not a failure
+class Rejected(Exception):
     """An object cannot be stored. Internal to this package; carries a code and nothing else.
 
     Attributes:

@@ -303,22 +303,27 @@ def _shadow_pixels(
     return rows[segment, row].astype(np.intp) * size_px + columns[segment, column], segment
 
 
+def _columns(rows_S3: Array, index_K: npt.NDArray[np.intp]) -> Array:
+    """Return (3, K): one contiguous line per coordinate, which the products that follow read fastest."""
+    return np.take(np.ascontiguousarray(rows_S3.T), index_K, axis=1)
+
+
 def _tube_attenuation(
     tubes: Tubes, segment_K: npt.NDArray[np.intp], point_3K: Array, direction_3K: Array, pixel_mm: float
 ) -> Array:
     """Return what the tube piece of each pair adds to its ray, (K,): elliptical cylinder between two planes."""
     widen = np.maximum(np.float32(1), np.float32(0.6 * pixel_mm) / tubes.radius)
-    offset = point_3K - tubes.start.T[:, segment_K]
+    offset = point_3K - _columns(tubes.start, segment_K)
     a = half_b = c = np.float32(0)
     for axes in (tubes.across, tubes.along):
-        axis = (axes / widen[:, None]).T[:, segment_K]
+        axis = _columns(axes / widen[:, None], segment_K)
         q, w = np.einsum("ij,ij->j", axis, offset), np.einsum("ij,ij->j", axis, direction_3K)
         a, half_b, c = a + w * w, half_b + q * w, c + q * q
     a = np.maximum(a, _TINY)
     enter, leave = np.full_like(a, -FAR_MM), np.full_like(a, FAR_MM)
-    far_offset = offset - (tubes.end - tubes.start).T[:, segment_K]
+    far_offset = offset - _columns(tubes.end - tubes.start, segment_K)
     for normals, relative, sign in ((tubes.start_normal, offset, 1), (tubes.end_normal, far_offset, -1)):
-        normal = normals.T[:, segment_K]
+        normal = _columns(normals, segment_K)
         slope = np.einsum("ij,ij->j", normal, direction_3K) * np.float32(sign)
         slope = np.where(np.abs(slope) < 1e-6, np.float32(1e-6), slope)
         crossing = np.einsum("ij,ij->j", normal, relative) * np.float32(-sign) / slope

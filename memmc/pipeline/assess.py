@@ -65,7 +65,7 @@ def assess(
     values = np.array([row["anomaly_score"] for row in rows])
     flagged = np.array([row["is_abnormal"] for row in rows])
     patients = [row["patient_key"] for row in rows]
-    settings = {
+    settings: dict[str, Any] = {
         "resamplings": config.evaluate.bootstrap,
         "confidence": config.evaluate.confidence,
         "seed": config.evaluate.seed,

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def prepare_environment(home: Path) -> None:
 
 
 @contextmanager
-def ray_cluster(config: Config, home: Path) -> Iterator[Any]:
+def ray_cluster(config: Config, home: Path) -> Generator[Any]:
     """Yield the ray module, connected; end the cluster only if this call began it.
 
     Args:
@@ -74,7 +74,7 @@ def ray_cluster(config: Config, home: Path) -> Iterator[Any]:
         return
     parent: Path | None = None
     if config.ray.address:
-        ray.init(address=config.ray.address, logging_level="error", log_to_driver=False)
+        ray.init(address=config.ray.address, logging_level=logging.ERROR, log_to_driver=False)
     else:
         parent = _session_parent(home)
         ray.init(
@@ -82,7 +82,7 @@ def ray_cluster(config: Config, home: Path) -> Iterator[Any]:
             include_dashboard=True,  # Ray Train asks it for the state of its controller, once a second, aloud
             dashboard_host="127.0.0.1",
             object_store_memory=_OBJECT_STORE_BYTES,
-            logging_level="error",
+            logging_level=logging.ERROR,
             log_to_driver=False,
             _temp_dir=str(parent),
         )
@@ -103,7 +103,7 @@ def ray_cluster(config: Config, home: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _own_errors(ray: Any) -> Iterator[None]:
+def _own_errors(ray: Any) -> Generator[None]:
     """Let an error that a worker raised on purpose come out as itself, without Ray's wrapping."""
     try:
         yield

@@ -159,4 +159,4 @@ def shards_to_json(shards: list[WrittenShard]) -> str:
 
 def shards_from_json(text: str) -> list[WrittenShard]:
     """Decode what `shards_to_json` made."""
-    return [WrittenShard(**{**item, "file": ShardFile(**item["file"])}) for item in json.loads(text)]
+    return [WrittenShard(file=ShardFile(**item["file"]), account=item["account"]) for item in json.loads(text)]

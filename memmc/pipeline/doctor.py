@@ -153,4 +153,4 @@ def _mlflow(config: Config) -> Finding:
     from memmc.registry.tracking import open_tracking
 
     tracking = open_tracking(config.tracking, home_directory())
-    return f"tracking store answers ({tracking.scheme})", ""
+    return f"tracking store answers ({tracking.place})", ""

@@ -35,7 +35,7 @@ def read_images(lake: Lake, cohort: str, sop_instance_uids: Iterable[str], versi
     where: dict[str, Any] = {"cohort": cohort}
     for file in lake.files("instances", version, {"outcome": "stored", "cohort": cohort}):
         for rows in read_rows(lake.storage, "instances", file, columns, where):
-            chosen = rows.filter(pc.is_in(rows["sop_instance_uid"], value_set=_strings(wanted)))
+            chosen = rows.filter(pc.field("sop_instance_uid").isin(sorted(wanted)))
             if not chosen.num_rows:
                 continue
             scale = np.float32(2 ** chosen["bits"][0].as_py() - 1)
@@ -76,9 +76,3 @@ def read_masks(file: Path, key: bytes | None, data: DataConfig) -> dict[str, npt
         with Image.open(file.parent / path) as image:
             masks[uid] = fit_mask(np.asarray(image.convert("L")) > 0, data)
     return masks
-
-
-def _strings(values: set[str]) -> Any:
-    import pyarrow as pa
-
-    return pa.array(sorted(values), pa.string())

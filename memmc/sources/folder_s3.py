@@ -54,7 +54,7 @@ class SourceObject:
     problem: str | None = None
 
 
-class FetchFailed(Exception):  # noqa: N818
+class FetchFailed(Exception):
     """One object could not be fetched; holds a reason code and nothing else."""
 
     def __init__(self, reason: str) -> None:

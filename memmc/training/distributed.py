@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +129,7 @@ class Board:
 
 
 @contextmanager
-def _forward(ray: Any, board: Any, on_metrics: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+def _forward(ray: Any, board: Any, on_metrics: Callable[[dict[str, Any]], None]) -> Generator[None]:
     """Bring the board's rows to `on_metrics` while the block runs, and the last of them after it."""
     finished = threading.Event()
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from memmc.errors import TrainingError
 from memmc.lake.stream import pixels_to_array
 
-Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+Pixels = npt.NDArray[np.unsignedinteger]
 
 _READ_ROWS = 1024
 _WINDOW_BATCHES = 64

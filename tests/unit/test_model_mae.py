@@ -59,7 +59,7 @@ def test_gradient_reaches_every_parameter(changes: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_presets_build_and_count_their_parameters(preset: str) -> None:
-    config = ModelConfig(**PRESETS[preset])
+    config = ModelConfig(**PRESETS[preset].get("model", {}))
     with torch.device("meta"):
         model = MemMCMAE(config, {"tiny": 64, "small": 128, "base": 224}[preset])
     assert model.num_keep == {"tiny": 16, "small": 64, "base": 49}[preset]

@@ -98,7 +98,7 @@ def test_metrics_and_outcome() -> None:
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     whole, outcome = run()
 
-    class Interrupted(Exception):  # noqa: N818
+    class Interrupted(Exception):
         pass
 
     def interrupt(save: Callable[[Path], None], metrics: dict) -> None:
