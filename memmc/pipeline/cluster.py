@@ -39,6 +39,8 @@ def prepare_environment(home: Path) -> None:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray's core prints an "error" on stderr for every actor pool; what fails comes back as an exception anyway.
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -52,14 +52,12 @@ def model_files(folder: Path) -> dict[str, bytes]:
 class Reconstructor:
     """A Ray Data actor: one model, whole batches."""
 
-    def __init__(self, boxed: list[Any]) -> None:
-        import ray
+    def __init__(self, job: ScoringJob) -> None:
         import torch
 
         from memmc.model.artifact import load_model
         from memmc.scoring.scorer import make_scorer, scorer_from_bytes
 
-        job: ScoringJob = ray.get(boxed[0])
         self._job = job
         self._device = torch.device("cuda" if job.use_gpu else "cpu")
         if not job.use_gpu:
@@ -137,11 +135,9 @@ def score_shards(ray: Any, dataset: Any, job: ScoringJob, storage: Storage) -> I
 
 
 def _actors(ray: Any, dataset: Any, job: ScoringJob) -> Any:
-    # A boxed reference stays one; as a bare argument the job would be copied into every start of an actor.
-    boxed = [ray.put(job)]
     return dataset.map_batches(
         Reconstructor,
-        fn_constructor_args=(boxed,),
+        fn_constructor_args=(job,),
         batch_size=job.score.batch_size,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=job.score.num_actors),
