@@ -23,7 +23,7 @@ from memmc.errors import ConfigError
 ENV_PREFIX = "MEMMC_"
 
 Preset = Literal["tiny", "small", "base"]
-ScorerName = Literal["residual_statistics", "l1", "mse", "ssim", "ms_ssim", "gms"]
+ScorerName = Literal["residual_statistics", "residual_peak", "l1", "mse", "ssim", "ms_ssim", "gms"]
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]

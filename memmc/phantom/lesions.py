@@ -69,8 +69,8 @@ def place(lesion: Lesion, thorax: Thorax) -> PlacedLesion:
 
 
 def _nodule(thorax: Thorax, side: Side, rng: np.random.Generator) -> PlacedLesion:
-    """A solid sphere with two lobulations, 24-35 mm."""
-    radius = float(rng.uniform(12, 17.5))
+    """A solid sphere with two lobulations, 28-38 mm."""
+    radius = float(rng.uniform(14, 19))
     center = _open_lung(thorax, side, rng, radius + 4)
     bodies = [ellipsoid(center, (radius, radius, radius))]
     for _ in range(2):
@@ -86,13 +86,13 @@ def _consolidation(thorax: Thorax, side: Side, rng: np.random.Generator) -> Plac
     bodies: list[Quadric] = []
     for _ in range(4):
         offset = rng.normal(0, 1, 3) * (11, 10, 11)
-        bodies.append(ellipsoid(center + offset, rng.uniform((14, 16, 13), (25, 28, 23)), float(rng.uniform(-40, 40))))
+        bodies.append(ellipsoid(center + offset, rng.uniform((18, 20, 17), (28, 31, 26)), float(rng.uniform(-40, 40))))
     tree = thorax.vessels[side]
     hidden = np.zeros(len(tree.radius), bool)
     for body in bodies:
         hidden |= contains(body, (tree.start + tree.end) / 2)
     return PlacedLesion(
-        "consolidation", side, 1.0 * MU_SOFT, tuple(bodies), None, _without(tree, hidden), 1.0, 2 * _spread(bodies)
+        "consolidation", side, 1.4 * MU_SOFT, tuple(bodies), None, _without(tree, hidden), 1.0, 2 * _spread(bodies)
     )
 
 
@@ -100,7 +100,7 @@ def _effusion(thorax: Thorax, side: Side, rng: np.random.Generator) -> PlacedLes
     """Free fluid of an upright patient: the lung floats on it, its convex base makes the meniscus."""
     lung = thorax.lungs[side]
     dome_top = float(thorax.organs[side][0].center[2]) + 92
-    rise = float(rng.uniform(-30, -8))
+    rise = float(rng.uniform(-5, 25))
     level = dome_top + rise
     x = float(lung.center[0]) * 0.62
     remaining = ellipsoid((x, float(lung.center[1]), level + 160), (145, 260, 160))
@@ -117,7 +117,7 @@ def _pneumothorax(thorax: Thorax, side: Side, rng: np.random.Generator) -> Place
     lung = thorax.lungs[side]
     sign = 1.0 if side == "left" else -1.0
     pivot = np.array([sign * 22, float(lung.center[1]), float(thorax.organs[side][0].center[2]) + 60], np.float32)
-    factors = np.array([rng.uniform(0.77, 0.86), 1.0, rng.uniform(0.84, 0.92)], np.float32)
+    factors = np.array([rng.uniform(0.64, 0.74), 1.0, rng.uniform(0.76, 0.86)], np.float32)
     volume = float(factors.prod())
     return PlacedLesion(
         "pneumothorax",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -33,6 +33,8 @@ from memmc.scoring.residuals import (
 )
 
 STATE_FORMAT = "1"
+RESIDUAL_SCORERS = ("residual_statistics", "residual_peak")
+PEAK_SHARE = 0.005
 METADATA_KEY = "memmc_scorer"
 
 
@@ -172,13 +174,17 @@ class SimilarityScorer(Scorer):
 
 @dataclass(frozen=True)
 class ResidualStatisticsScorer(Scorer):
-    """Distance of the residual's statistics from those of held-out normals (`memmc.scoring.residuals`)."""
+    """The residual's statistics against those of held-out normals (`memmc.scoring.residuals`) [choice].
+
+    `residual_statistics` is the distance of the whole image, and finds what changes much of it (pneumonia).
+    `residual_peak` is the height of the map's peak, and finds what changes one place (a nodule).
+    """
 
     grid: int
     components: int
     vectors: ResidualStatistics | None = None
     maps: MapStatistics | None = None
-    name: ScorerName = field(default="residual_statistics", init=False)
+    name: ScorerName = "residual_statistics"
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor, reconstruction: Reconstruction) -> Features:
@@ -194,14 +200,22 @@ class ResidualStatisticsScorer(Scorer):
     def fit(self, normals: Features) -> ResidualStatisticsScorer:
         """Return the scorer with statistics of these normals."""
         vectors = ResidualStatistics.fit(normals.vectors_NF, self.components)
-        return ResidualStatisticsScorer(self.grid, self.components, vectors, MapStatistics.fit(normals.maps_NMHW))
+        return replace(self, vectors=vectors, maps=MapStatistics.fit(normals.maps_NMHW))
 
     def score_features(self, features: Features) -> ScoreBatch:
         """Return the scores."""
         if self.vectors is None or self.maps is None:
             raise UsageError("residual statistics are not fitted; calibrate on held-out normals first")
-        maps_BHW = _enlarge(self.maps.anomaly(features.maps_NMHW), features.size)
-        return ScoreBatch(self.vectors.distance(features.vectors_NF), maps_BHW, features.spread_N.astype(np.float64))
+        maps_BHW = self.maps.anomaly(features.maps_NMHW)
+        score_B = self.peak(maps_BHW) if self.name == "residual_peak" else self.vectors.distance(features.vectors_NF)
+        return ScoreBatch(score_B, _enlarge(maps_BHW, features.size), features.spread_N.astype(np.float64))
+
+    @staticmethod
+    def peak(maps_BHW: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the mean over the highest 0.5 % of each map's pixels."""
+        flat_BP = maps_BHW.reshape(len(maps_BHW), -1).astype(np.float64)
+        count = max(1, round(PEAK_SHARE * flat_BP.shape[1]))
+        return np.sort(flat_BP, axis=1)[:, -count:].mean(axis=1)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the statistics and the settings they belong to."""
@@ -213,8 +227,8 @@ class ResidualStatisticsScorer(Scorer):
 
 def make_scorer(config: ScoreConfig) -> Scorer:
     """Return the scorer a configuration names, not fitted."""
-    if config.scorer == "residual_statistics":
-        return ResidualStatisticsScorer(config.grid, config.components)
+    if config.scorer in RESIDUAL_SCORERS:
+        return ResidualStatisticsScorer(config.grid, config.components, name=config.scorer)
     return SimilarityScorer(config.scorer, SimilarityScorer.MEASURES[config.scorer])
 
 
@@ -231,10 +245,11 @@ def scorer_from_bytes(data: bytes) -> Scorer:
         state, (form, _, name) = load(data), _label(data).partition(" ")
         if form == STATE_FORMAT and name in SimilarityScorer.MEASURES:
             return make_scorer(ScoreConfig.model_validate({"scorer": name}))
-        if form == STATE_FORMAT and name == "residual_statistics":
+        if form == STATE_FORMAT and name in RESIDUAL_SCORERS:
             grid, components = (int(value) for value in state["settings"])
             vectors, maps = ResidualStatistics.from_state(state), MapStatistics.from_state(state)
-            return ResidualStatisticsScorer(grid, components, vectors, maps)
+            kind: ScorerName = "residual_peak" if name == "residual_peak" else "residual_statistics"
+            return ResidualStatisticsScorer(grid, components, vectors, maps, kind)
     except (SafetensorError, KeyError, ValueError) as error:
         raise IntegrityError(f"scorer state is unreadable ({type(error).__name__}); calibrate again") from None
     raise IntegrityError(f"scorer state of format {form!r} for {name!r}, expected {STATE_FORMAT!r}; calibrate again")

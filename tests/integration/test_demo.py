@@ -16,9 +16,13 @@ pytestmark = pytest.mark.slow
 
 
 def _demo(folder: Path) -> dict:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MEMMC_", "PREFECT_", "RAY_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MEMMC_", "PREFECT_", "RAY_"))
+    }
     command = [sys.executable, "-m", "memmc.cli.main", "demo", "--minutes", "0.2", "--json"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

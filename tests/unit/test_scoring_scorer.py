@@ -185,3 +185,20 @@ def test_unusable_normals_are_refused() -> None:
         fit_and_calibrate(scorer, features_of(scorer, 10, 0), ["p"] * 9)
     with pytest.raises(DataError, match="1 normal patients"):
         fit_and_calibrate(scorer, features_of(scorer, 10, 0), ["p"] * 10)
+
+
+def test_the_peak_finds_one_place_that_the_whole_image_does_not_show():
+    rng = np.random.default_rng(0)
+    maps = rng.normal(0, 1, (120, 2, 16, 16)).astype(np.float16)
+    vectors = rng.normal(0, 1, (120, 6)).astype(np.float32)
+    features = Features(vectors, maps, np.zeros(120, np.float32), (16, 16))
+    fitted = make_scorer(ScoreConfig(scorer="residual_peak")).fit(features.take(np.arange(100)))
+    changed = maps[100:].copy()
+    changed[:10, :, 5:7, 8:10] += 8
+    batch = fitted.score_features(Features(vectors[100:], changed, np.zeros(20, np.float32), (16, 16)))
+    assert batch.anomaly_score_B[:10].min() > batch.anomaly_score_B[10:].max()
+    again = scorer_from_bytes(fitted.state_to_bytes())
+    assert again.name == "residual_peak"
+    assert np.array_equal(
+        again.score_features(features).anomaly_score_B, fitted.score_features(features).anomaly_score_B
+    )
