@@ -62,7 +62,7 @@ def simulate(
         view: (0018,5101) View Position; PA from behind, LL from the right side.
     """
     rng = np.random.default_rng([patient_seed, exposure_seed, 3])
-    breath_mm = float(rng.uniform(0, 4))
+    breath_mm = float(rng.uniform(0, 5))
     camera = _camera(rng, size_px, 90.0 if view == "LL" else 0.0)
     thorax = build_thorax(patient_seed, breath_mm)
     placed = place(lesion, thorax) if lesion is not None else None
@@ -79,8 +79,8 @@ def simulate(
 
 def _camera(rng: np.random.Generator, size_px: int, turn_degrees: float) -> Camera:
     """Upright stand with small errors of positioning; no turn is posterior-anterior."""
-    turn, lean = np.radians(turn_degrees + rng.normal(0, 0.8)), np.radians(rng.normal(0, 0.8))
-    shift = np.array([rng.normal(0, 4), 0, rng.normal(-14, 4)])
+    turn, lean = np.radians(turn_degrees + rng.normal(0, 0.8)), np.radians(rng.normal(0, 1.0))
+    shift = np.array([rng.normal(0, 5), 0, rng.normal(-14, 5)])
     right = np.array([np.cos(turn) * np.cos(lean), np.sin(turn) * np.cos(lean), np.sin(lean)])
     beam = np.array([np.sin(turn), -np.cos(turn), 0.0])
     down = np.cross(right, beam)
@@ -94,7 +94,7 @@ def _camera(rng: np.random.Generator, size_px: int, turn_degrees: float) -> Came
         right=right,
         down=down,
         size_px=size_px,
-        pixel_mm=FIELD_MM * float(rng.uniform(0.985, 1.015)) / size_px,
+        pixel_mm=FIELD_MM * float(rng.uniform(0.98, 1.02)) / size_px,
     )
 
 

@@ -131,7 +131,7 @@ def draw_build(rng: np.random.Generator) -> Build:
         tissue_mm=24.0 + 5.0 * spread[4],
         heart=1.0 + 0.07 * spread[5],
         heart_roll=44.0 + 4.0 * spread[6],
-        dome_mm=-82.0 + 4.0 * spread[7],
+        dome_mm=-82.0 + 5.0 * spread[7],
         dome_gap_mm=11.0 + 3.0 * spread[8],
         slope_mm=float(rng.uniform(64, 86)),
         knob=float(rng.uniform(0.8, 1.15)),
