@@ -72,9 +72,7 @@ def calibrate_model(
         tables.append(table)
         progress.advance(sum(part.num_rows for part in tables))
     features, patients = join_features(tables)
-    fitted = fit_and_calibrate(
-        make_scorer(config.score), features, patients, folds=_FOLDS, seed=config.train.seed
-    )
+    fitted = fit_and_calibrate(make_scorer(config.score), features, patients, folds=_FOLDS, seed=config.train.seed)
     threshold = threshold_at(fitted.normal_scores_N, config.calibrate.false_positive_rate)
     identifier = uuid.uuid4().hex[:16]
     lake.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -33,10 +34,14 @@ def _rows(uri: str) -> list[dict]:
     return sorted(lake.read("instances", names).to_pylist(), key=lambda row: row["object_key"])
 
 
-def test_ingest_as_a_verb_and_as_a_flow_give_the_same_rows(inside):
-    common = ["ingest", str(inside.hospital.dicom_dir), "--cohort", "cxr", "--labels", str(inside.hospital.labels_csv)]
-    direct = _memmc(*common, "--lake", "as-verb")
-    flow = _memmc(*common, "--lake", "as-flow", "--flow")
+def test_ingest_as_a_verb_and_as_a_flow_give_the_same_rows(hospital, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    files = sorted(path for path in hospital.dicom_dir.rglob("*") if path.is_file())[:24]
+    for number, file in enumerate(files):
+        shutil.copy(file, tmp_path / "in" / f"{number:03d}.dcm")
+    direct = _memmc("ingest", "in", "--cohort", "cxr", "--label", "normal", "--lake", "as-verb")
+    flow = _memmc("ingest", "in", "--cohort", "cxr", "--label", "normal", "--lake", "as-flow", "--flow")
     skipped = {"run", "seconds"}
     assert {k: v for k, v in direct.items() if k not in skipped} == {k: v for k, v in flow.items() if k not in skipped}
     assert _rows("as-verb") == _rows("as-flow")
