@@ -72,7 +72,10 @@ def read_masks(file: Path, key: bytes | None, data: DataConfig) -> dict[str, npt
             f"mask table cannot be read ({type(error).__name__}); expected columns sop_instance_uid, path"
         ) from None
     masks: dict[str, npt.NDArray[np.bool_]] = {}
-    for uid, path in pairs:
-        with Image.open(file.parent / path) as image:
-            masks[uid] = fit_mask(np.asarray(image.convert("L")) > 0, data)
+    for number, (uid, path) in enumerate(pairs, start=2):
+        try:
+            with Image.open(file.parent / path) as image:
+                masks[uid] = fit_mask(np.asarray(image.convert("L")) > 0, data)
+        except OSError as error:  # its text holds the path, which may name the instance
+            raise UsageError(f"mask table, line {number}: picture cannot be read ({type(error).__name__})") from None
     return masks

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memmc.config import Config
-from memmc.errors import DataError
+from memmc.errors import DataError, IntegrityError, PreprocessMismatch
 from memmc.evaluation.report import render_report
 from memmc.evaluation.report_data import (
     CalibrationFacts,
@@ -73,7 +73,9 @@ def report_and_evaluation(
     opened = open_model(config, home_directory(), model)
     try:
         assessment = assess(config, lake, opened, cohort, masks, progress)
-    except DataError:
+    except (IntegrityError, PreprocessMismatch):
+        raise
+    except DataError:  # nothing labelled to measure on; what else is missing, _gather names
         assessment = None
     data = _gather(config, lake, opened, cohort, assessment)
     progress.stage("report")
