@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,18 +61,22 @@ def test_an_ingest_killed_half_way_leaves_no_trace_and_the_next_completes(inside
 
 
 class _KillsAWorker(Silent):
-    """Kills one training worker, once, after the first checkpoint must exist."""
+    """Kills one training worker, once, after the controller has taken note of a checkpoint."""
 
     def __init__(self, lake: Path) -> None:
         self.lake, self.killed = lake, threading.Event()
         self.steps: list[int] = []
 
+    def _has_checkpoint(self) -> bool:
+        """Whether a restart would find one: files alone do not count, the snapshot must name them."""
+        snapshots = (self.lake / "training").glob("*/checkpoint_manager_snapshot.json")
+        return any("checkpoint_" in path.read_text() for path in snapshots)
+
     def advance(self, done: float, note: str = "") -> None:
         if not note.startswith("step"):
             return
         self.steps.append(int(note.split()[1]))
-        run = max((self.lake / "training").iterdir(), key=lambda path: path.stat().st_mtime)
-        if not self.killed.is_set() and list(run.glob("checkpoint_*")):
+        if not self.killed.is_set() and self._has_checkpoint():
             mine = psutil.Process().children(recursive=True)
             workers = [process for process in mine if "RayTrainWorker" in " ".join(process.cmdline())]
             assert workers, "no training worker found"
@@ -79,17 +84,20 @@ class _KillsAWorker(Silent):
             self.killed.set()
 
 
-def test_training_goes_on_from_its_checkpoint_when_a_worker_is_killed(inside):
+def test_training_goes_on_from_its_checkpoint_when_a_worker_is_killed(inside, tmp_path, monkeypatch):
+    """In a copy of the lake with a registry of its own, so that the other tests see one model."""
+    shutil.copytree("lake/instances", tmp_path / "lake" / "instances")
+    monkeypatch.chdir(tmp_path)
     watcher = _KillsAWorker(Path("lake"))
     config = inside.config.model_copy(
         update={
             "train": inside.config.train.model_copy(
-                update={"max_steps": 240, "max_minutes": 3.0, "checkpoint_seconds": 3.0}
+                update={"max_steps": 120, "max_minutes": 3.0, "checkpoint_seconds": 2.0}
             )
         }
     )
     result = train(config, "cxr", progress=watcher)
     assert watcher.killed.is_set()
-    assert result.steps == 240
+    assert result.steps == 120
     restarts = [b for a, b in zip(watcher.steps, watcher.steps[1:], strict=False) if b <= a]
     assert all(step > 8 for step in restarts), "the run began again instead of resuming"

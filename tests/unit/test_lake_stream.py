@@ -89,31 +89,37 @@ def test_stream_refuses_what_it_cannot_give(tmp_path):
         stream(lake.storage, lake.files(INSTANCES), ["patient_name"])
 
 
-@pytest.fixture(scope="module")
-def ray_cluster(tmp_path_factory):
+@pytest.fixture
+def in_order():
+    """A Ray cluster whose datasets keep the order of their files."""
     import shutil
     import tempfile
 
     import ray
 
-    folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
-    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
+        folder = tempfile.mkdtemp(prefix="r", dir="/tmp")
+        mine = not ray.is_initialized()  # another test's cluster serves as well
         try:
-            ray.init(num_cpus=2, include_dashboard=False, _temp_dir=folder, logging_level="error", log_to_driver=False)
+            if mine:
+                settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
+                for name, value in settings.items():
+                    patch.setenv(name, value)
+                ray.init(
+                    num_cpus=2, include_dashboard=False, _temp_dir=folder, logging_level="error", log_to_driver=False
+                )
             context = ray.data.DataContext.get_current()
-            context.enable_progress_bars = False
-            context.execution_options.preserve_order = True
+            patch.setattr(context, "enable_progress_bars", False)
+            patch.setattr(context.execution_options, "preserve_order", True)
             yield
         finally:
-            ray.shutdown()
+            if mine:
+                ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
-def test_stream_gives_every_row_once(tmp_path, ray_cluster):
+def test_stream_gives_every_row_once(tmp_path, in_order):
     lake = Lake(tmp_path)
     for run in range(4):
         lake.append(INSTANCES, instance_rows(60 * run, 60))
@@ -145,7 +151,7 @@ def test_stream_gives_every_row_once(tmp_path, ray_cluster):
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_ends_the_stream(tmp_path, ray_cluster):
+def test_a_flipped_bit_ends_the_stream(tmp_path, in_order):
     lake = Lake(tmp_path)
     lake.append(INSTANCES, instance_rows(num=60))
     files = lake.files(INSTANCES, partitions={"outcome": "stored"})
