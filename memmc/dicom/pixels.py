@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -28,6 +29,7 @@ from memmc.dicom.codestream import Size, check_codestream
 from memmc.dicom.grey import grey_table
 from memmc.dicom.read import ENCAPSULATED, Instance, integer, text
 from memmc.dicom.reasons import Rejected
+from memmc.dicom.resample import STRIPE_ROWS, resample
 
 _PLUGINS = {  # the one decoder of each compressed transfer syntax; there is no second try with another
     "1.2.840.10008.1.2.4.50": "pillow",
@@ -55,7 +57,9 @@ _SAMPLES = {
     "YBR_RCT": 3,
 }
 _LUMA = np.array((0.299, 0.587, 0.114), dtype=np.float32)  # ITU-R BT.601, the Y of PS3.3 C.7.6.3.1.2
-_STRIPE_ROWS = 32  # rows looked up at once, so that a stripe stays in the processor's cache
+
+GreyRows = Callable[[int, int], NDArray[np.float32]]
+"""Gives the rows from top to bottom - 1, at most `STRIPE_ROWS`, as display grey 0..1; valid until the next call."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,7 @@ def prepare(instance: Instance, geometry: Geometry, data: DataConfig) -> Prepare
     Raises:
         Rejected: a PIX_* or QC_* code. Decoders raise what they like besides.
     """
-    grey_HW = grey_image(instance, geometry, data)
-    grey_SS = _resize(grey_HW, data)
+    grey_SS = resample(_grey(instance, geometry, data), geometry.rows, geometry.columns, data)
     top = (1 << data.bits) - 1
     pixels_SS = np.rint(grey_SS.clip(0.0, 1.0) * top).astype("<u2" if data.bits == 16 else "u1")
     if pixels_SS.min() == pixels_SS.max():
@@ -148,16 +151,27 @@ def grey_image(instance: Instance, geometry: Geometry, data: DataConfig) -> NDAr
     Raises:
         Rejected: a PIX_* code. Decoders raise what they like besides.
     """
+    rows = _grey(instance, geometry, data)
+    grey_HW = np.empty((geometry.rows, geometry.columns), dtype=np.float32)
+    for top in range(0, geometry.rows, STRIPE_ROWS):
+        bottom = min(top + STRIPE_ROWS, geometry.rows)
+        grey_HW[top:bottom] = rows(top, bottom)
+    return grey_HW
+
+
+def _grey(instance: Instance, geometry: Geometry, data: DataConfig) -> GreyRows:
+    """Decode one instance; return what gives its rows as display grey."""
     decoded, photometric = _decode(instance, geometry)
     if geometry.samples == 3:
-        return _luminance(decoded, photometric, geometry.bits_stored)
+        grey_HW = _luminance(decoded, photometric, geometry.bits_stored)
+        return lambda top, bottom: grey_HW[top:bottom]
     if geometry.photometric == "PALETTE COLOR":
         table_V = _palette_table(instance, geometry)
     else:
         table_V = grey_table(
             instance.dataset, geometry.bits_stored, geometry.signed, instance.little_endian, data.window
         )
-    return _look_up(decoded, table_V)
+    return _grey_rows(decoded, table_V)
 
 
 def _decode(instance: Instance, geometry: Geometry) -> tuple[NDArray[np.generic], str]:
@@ -266,21 +280,25 @@ def _unsigned(decoded: NDArray[np.generic]) -> NDArray[np.unsignedinteger]:
     return native.view(np.dtype(f"u{native.dtype.itemsize}"))
 
 
-def _look_up(decoded_HW: NDArray[np.generic], table_V: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Map bit patterns through the table; bits above its size (overlays, sign) are masked off: PS3.5 8.1.1."""
+def _grey_rows(decoded_HW: NDArray[np.generic], table_V: NDArray[np.float32]) -> GreyRows:
+    """Return what maps rows of bit patterns through the table, into one array that each call fills anew.
+
+    Bits above the table's size (overlays, sign) are masked off: PS3.5 8.1.1.
+    """
     bits_HW = _unsigned(decoded_HW)
     mask = np.intp(table_V.size - 1)
     masked = table_V.size < 1 << (bits_HW.dtype.itemsize * 8)
-    grey_HW = np.empty(bits_HW.shape, dtype=np.float32)
-    index = np.empty((_STRIPE_ROWS, bits_HW.shape[1]), dtype=np.intp)
-    for top in range(0, bits_HW.shape[0], _STRIPE_ROWS):
-        stripe = bits_HW[top : top + _STRIPE_ROWS]
-        window = index[: stripe.shape[0]]
-        np.copyto(window, stripe)
+    shape = (STRIPE_ROWS, bits_HW.shape[1])
+    index, grey = np.empty(shape, dtype=np.intp), np.empty(shape, dtype=np.float32)
+
+    def rows(top: int, bottom: int) -> NDArray[np.float32]:
+        window = index[: bottom - top]
+        np.copyto(window, bits_HW[top:bottom])
         if masked:
             np.bitwise_and(window, mask, out=window)
-        np.take(table_V, window, out=grey_HW[top : top + _STRIPE_ROWS], mode="clip")
-    return grey_HW
+        return np.take(table_V, window, out=grey[: bottom - top], mode="clip")
+
+    return rows
 
 
 def _luminance(decoded_HW3: NDArray[np.generic], photometric: str, bits_stored: int) -> NDArray[np.float32]:
@@ -305,33 +323,10 @@ def _palette_table(instance: Instance, geometry: Geometry) -> NDArray[np.float32
     return (colours_V3[:, :3].astype(np.float32) @ (_LUMA / top)).astype(np.float32, copy=False)
 
 
-def _resize(grey_HW: NDArray[np.float32], data: DataConfig) -> NDArray[np.float32]:
-    """Bring an image to S x S.
-
-    The triangle filter widens with the reduction, so nothing aliases, and has
-    no negative lobes, so no value leaves the range and no edge rings.
-    """
-    side = data.image_size
-    height, width = grey_HW.shape
-    image = Image.fromarray(np.ascontiguousarray(grey_HW))
-    if data.fit == "stretch":
-        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
-    if data.fit == "crop":
-        short = min(height, width)
-        left, top = (width - short) / 2, (height - short) / 2
-        box = (left, top, left + short, top + short)
-        return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=box))
-    scale = side / max(height, width)
-    inner = (max(1, round(width * scale)), max(1, round(height * scale)))
-    padded_SS = np.zeros((side, side), dtype=np.float32)
-    left, top = (side - inner[0]) // 2, (side - inner[1]) // 2
-    padded_SS[top : top + inner[1], left : left + inner[0]] = np.asarray(image.resize(inner, Image.Resampling.BILINEAR))
-    return padded_SS
-
-
 def fit_mask(mask_HW: NDArray[np.bool_], data: DataConfig) -> NDArray[np.bool_]:
     """Bring a mask of the original image to the geometry of stored pixels; half covered counts as covered."""
-    return _resize(mask_HW.astype(np.float32), data) >= 0.5
+    grey_HW = mask_HW.astype(np.float32)
+    return resample(lambda top, bottom: grey_HW[top:bottom], *grey_HW.shape, data) >= 0.5
 
 
 def decoder_status() -> dict[str, bool]:

@@ -40,7 +40,7 @@ def calibrate(
     home = home_directory()
     lake = Lake(config.lake.uri)
     opened = open_model(config, home, model)
-    with ray_cluster(config, home) as ray:
+    with ray_cluster(config, home, training=False) as ray:
         return calibrate_model(config, ray, lake, opened, cohort or opened.cohort, progress)
 
 

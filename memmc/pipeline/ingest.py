@@ -19,7 +19,7 @@ from memmc.dicom.deidentify import key_id, object_key
 from memmc.errors import AccountingError, UsageError
 from memmc.lake.shards import read_shard
 from memmc.lake.tables import Lake
-from memmc.pipeline.cluster import ray_cluster
+from memmc.pipeline.cluster import ray_cluster, tasks_at_once
 from memmc.pipeline.convert_chunk import (
     IngestJob,
     WrittenShard,
@@ -82,7 +82,7 @@ def ingest(
     lake = Lake(config.lake.uri)
     if new:
         progress.stage("ingest", len(new))
-        with ray_cluster(config, home) as ray:
+        with ray_cluster(config, home, training=False) as ray:
             shards = list(_convert(ray, config, job, new, progress))
         shards = settle_duplicates(job, shards, _stored_contents(lake, cohort))
         rows = [row for shard in shards for row in shard.account]
@@ -255,7 +255,7 @@ def _convert(
     dataset = ray.data.from_items(
         [{"number": number, "objects": objects_to_json(chunk)} for number, chunk in enumerate(chunks)],
         override_num_blocks=len(chunks),
-    ).map_batches(convert, batch_size=1)
+    ).map_batches(convert, batch_size=1, concurrency=tasks_at_once(config))
     results: dict[int, list[WrittenShard]] = {}
     done = 0
     for row in dataset.iter_rows():

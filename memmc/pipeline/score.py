@@ -58,7 +58,7 @@ def score(config: Config, cohort: str, model: str | None = None, *, progress: Pr
     version = lake.version(SCORES) if lake.exists(SCORES) else -1
     rate = 0.0
     if missing:
-        with ray_cluster(config, home) as ray:
+        with ray_cluster(config, home, training=False) as ray:
             progress.stage("score", len(missing))
             started = time.monotonic()
             version, flagged = _score(config, ray, lake, opened, calibration, cohort, missing, progress)
