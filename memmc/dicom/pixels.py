@@ -326,7 +326,7 @@ def _palette_table(instance: Instance, geometry: Geometry) -> NDArray[np.float32
 def fit_mask(mask_HW: NDArray[np.bool_], data: DataConfig) -> NDArray[np.bool_]:
     """Bring a mask of the original image to the geometry of stored pixels; half covered counts as covered."""
     grey_HW = mask_HW.astype(np.float32)
-    return resample(lambda top, bottom: grey_HW[top:bottom], *grey_HW.shape, data) >= 0.5
+    return resample(lambda top, bottom: grey_HW[top:bottom], grey_HW.shape[0], grey_HW.shape[1], data) >= 0.5
 
 
 def decoder_status() -> dict[str, bool]:
