@@ -65,6 +65,11 @@ class DeidConfig(Section):
     max_date_shift_days: int = Field(
         default=365, ge=1, le=3650, description="Bound of the per-patient date shift, days."
     )
+    text: Literal["ocr", "class"] = Field(
+        default="ocr",
+        description="Burned-in text: read the pixels and quarantine what shows more than marks of side and technique, "
+        "or go by what the header says alone (select.burned_in_annotation).",
+    )
 
 
 class SelectConfig(Section):

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from memmc.config import Config, DataConfig, IngestConfig, SelectConfig
 from memmc.dicom.deidentify import ATTRIBUTES, Value, deidentify
 from memmc.dicom.pixels import Prepared, check_geometry, prepare
 from memmc.dicom.read import read_instance, silenced
 from memmc.dicom.reasons import Outcome, Rejected, outcome_of
 from memmc.dicom.select import select
+from memmc.dicom.text import holds_text
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class ConvertPolicy:
         select: which instances are in scope.
         ingest: limits.
         max_date_shift_days: bound of the per-patient date shift, days.
+        read_text: whether pixels are searched for burned-in text.
         key: identity key.
     """
 
@@ -29,12 +34,15 @@ class ConvertPolicy:
     select: SelectConfig
     ingest: IngestConfig
     max_date_shift_days: int
+    read_text: bool
     key: bytes = field(repr=False)
 
     @classmethod
     def from_config(cls, config: Config, key: bytes) -> ConvertPolicy:
         """Take the parts of the configuration that a conversion needs."""
-        return cls(config.data, config.select, config.ingest, config.deid.max_date_shift_days, key)
+        return cls(
+            config.data, config.select, config.ingest, config.deid.max_date_shift_days, config.deid.text == "ocr", key
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,16 @@ def rejected(reason: str, attributes: Mapping[str, Value] | None = None) -> Conv
 
 def _ignore(attributes: Mapping[str, Value]) -> None:
     """Do nothing."""
+
+
+def _refuse_text(image_HW: NDArray[np.uint8]) -> None:
+    """Let an image without burned-in text pass.
+
+    Raises:
+        Rejected: DEID_TEXT_DETECTED.
+    """
+    if holds_text(image_HW):
+        raise Rejected("DEID_TEXT_DETECTED")
 
 
 def convert(
@@ -92,7 +110,9 @@ def convert(
             geometry = check_geometry(instance, policy.ingest)
             before_pixels(attributes)
             decoding = True
-            return _stored(attributes, prepare(instance, geometry, policy.data))
+            return _stored(
+                attributes, prepare(instance, geometry, policy.data, _refuse_text if policy.read_text else None)
+            )
         except Rejected as rejection:
             return rejected(rejection.reason, attributes)
         except KeyboardInterrupt:

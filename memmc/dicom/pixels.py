@@ -131,13 +131,27 @@ def _check_native_length(instance: Instance, geometry: Geometry) -> None:
         raise Rejected("PIX_LENGTH")
 
 
-def prepare(instance: Instance, geometry: Geometry, data: DataConfig) -> Prepared:
+def prepare(
+    instance: Instance,
+    geometry: Geometry,
+    data: DataConfig,
+    inspect: Callable[[NDArray[np.uint8]], None] | None = None,
+) -> Prepared:
     """Decode one instance and prepare it as `data` says.
+
+    Args:
+        instance: the object.
+        geometry: what `check_geometry` returned.
+        data: how pixels are prepared.
+        inspect: called with the image at its own size, 0 black .. 255 white, shape (H, W); may raise `Rejected`.
 
     Raises:
         Rejected: a PIX_* or QC_* code. Decoders raise what they like besides.
     """
-    grey_SS = resample(_grey(instance, geometry, data), geometry.rows, geometry.columns, data)
+    rows = _grey(instance, geometry, data)
+    if inspect is not None:
+        inspect(_bytes(rows, geometry))
+    grey_SS = resample(rows, geometry.rows, geometry.columns, data)
     top = (1 << data.bits) - 1
     pixels_SS = np.rint(grey_SS.clip(0.0, 1.0) * top).astype("<u2" if data.bits == 16 else "u1")
     if pixels_SS.min() == pixels_SS.max():
@@ -157,6 +171,15 @@ def grey_image(instance: Instance, geometry: Geometry, data: DataConfig) -> NDAr
         bottom = min(top + STRIPE_ROWS, geometry.rows)
         grey_HW[top:bottom] = rows(top, bottom)
     return grey_HW
+
+
+def _bytes(rows: GreyRows, geometry: Geometry) -> NDArray[np.uint8]:
+    """Return the whole image as bytes."""
+    bytes_HW = np.empty((geometry.rows, geometry.columns), dtype=np.uint8)
+    for top in range(0, geometry.rows, STRIPE_ROWS):
+        stripe = rows(top, min(top + STRIPE_ROWS, geometry.rows))
+        bytes_HW[top : top + len(stripe)] = stripe.clip(0.0, 1.0) * np.float32(255) + np.float32(0.5)
+    return bytes_HW
 
 
 def _grey(instance: Instance, geometry: Geometry, data: DataConfig) -> GreyRows:

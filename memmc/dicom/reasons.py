@@ -46,6 +46,7 @@ REASONS: Mapping[str, str] = {
     "SELECT_DERIVED": "Image Type (0008,0008) says DERIVED\\SECONDARY",
     "SELECT_FOR_PROCESSING": "detector data that is not meant to be viewed (PS3.3 C.8.11.1.1.1)",
     "DEID_BURNED_IN_FLAG": "flagged as, or of a kind that is likely to be, carrying burned-in text",
+    "DEID_TEXT_DETECTED": "the pixels show text that is not a mark of side or technique, see deid.text",
     "PIX_LENGTH": "native Pixel Data is not as long as the header says",
     "PIX_LIMIT": "would decode to more than ingest.max_decoded_bytes",
     "PIX_CODESTREAM_MISMATCH": "the compressed stream and the header disagree on size, samples or process",

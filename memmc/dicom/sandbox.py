@@ -341,6 +341,7 @@ def _policy_json(policy: ConvertPolicy) -> bytes:
             "select": policy.select.model_dump(mode="json"),
             "ingest": policy.ingest.model_dump(mode="json"),
             "max_date_shift_days": policy.max_date_shift_days,
+            "read_text": policy.read_text,
             "key": policy.key.hex(),
             "parent": os.getpid(),
         }

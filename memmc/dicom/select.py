@@ -17,6 +17,7 @@ from memmc.dicom.reasons import Rejected
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 SECONDARY_CAPTURE = _STORAGE + "7"
+_ULTRASOUND = _STORAGE + "6.1"
 IMAGE_CLASSES: frozenset[str] = frozenset(
     _STORAGE + suffix
     for suffix in (
@@ -130,12 +131,12 @@ def _secondary_capture(instance: Instance, config: SelectConfig) -> str | None:
 
 
 def _captured_page(instance: Instance, config: SelectConfig) -> str | None:
-    """Screen saves and captured pages carry text as a rule (PS3.15 E.1.1, option 113101): only an explicit NO helps."""
+    """Screen saves, pages and ultrasound carry text as a rule (PS3.15 E.1.1, option 113101): only a NO helps."""
     dataset = instance.dataset
     if config.burned_in_annotation == "accept" or text(dataset, "BurnedInAnnotation") == "NO":
         return None
     is_page = (
-        text(dataset, "SOPClassUID") == SECONDARY_CAPTURE
+        text(dataset, "SOPClassUID") in (SECONDARY_CAPTURE, _ULTRASOUND)
         or text(dataset, "ConversionType") in _CAPTURED_PAGES
         or any("SCREEN" in value for value in _image_type(dataset)[2:])
     )

@@ -19,6 +19,7 @@ from collections.abc import Generator, Mapping
 from typing import Any, NoReturn
 
 from memmc.config import DataConfig, IngestConfig, SelectConfig
+from memmc.dicom import text
 from memmc.dicom.convert import ConvertPolicy, convert, rejected
 from memmc.dicom.deidentify import Value
 from memmc.dicom.pixels import preload
@@ -148,10 +149,13 @@ def main() -> int:
         SelectConfig.model_validate(fields["select"]),
         IngestConfig.model_validate(fields["ingest"]),
         fields["max_date_shift_days"],
+        fields["read_text"],
         bytes.fromhex(fields["key"]),
     )
     _die_with_parent(fields["parent"])
     preload()
+    if policy.read_text:
+        text.preload()
     _limit(policy.ingest.memory_bytes)
     _answer(channel, READY, 0, {})
     return _keep(policy, channel, shared)

@@ -42,6 +42,7 @@ def examine(config: Config, progress: Progress | None = None) -> DoctorResult:
         ("memory and disk", _room),
         ("graphics processor", _gpu),
         ("decoders", _decoders),
+        ("text reading", _text),
         ("lake", lambda: _lake(config)),
         ("ray", lambda: _ray(config)),
         ("prefect", _prefect),
@@ -101,6 +102,13 @@ def _decoders() -> Finding:
     missing = [name for name, available in status.items() if not available]
     found = f"{len(status) - len(missing)} of {len(status)} transfer syntaxes"
     return found, f"no decoder for {', '.join(missing)}; run `make setup` again" if missing else ""
+
+
+def _text() -> Finding:
+    from memmc.dicom.text import text_reading_available
+
+    available = text_reading_available()
+    return "yes" if available else "no", "" if available else "run `make setup` again, or set deid.text=class"
 
 
 def _lake(config: Config) -> Finding:
