@@ -52,7 +52,8 @@ class DataConfig(Section):
     )
     window: Literal["first", "full"] = Field(
         default="first",
-        description="Grey range: the first VOI LUT or window of the object (PS3.3 C.11.2), or the full stored range.",
+        description="Grey range: the object's VOI LUT, before a window, and the first of several (PS3.3 C.11.2), or "
+        "the full stored range.",
     )
 
 
@@ -78,8 +79,29 @@ class SelectConfig(Section):
     modalities: tuple[str, ...] = Field(
         default=("CR", "DX", "DR", "RG"), description="Accepted (0008,0060) Modality values."
     )
+    body_parts: tuple[str, ...] = Field(
+        default=(),
+        description="Accepted (0018,0015) Body Part Examined terms (PS3.16 Annex L); any when empty. "
+        "UNKNOWN stands for objects that say nothing, OTHER for terms that are none.",
+    )
+    views: tuple[str, ...] = Field(
+        default=(), description="Accepted (0018,5101) View Position terms; any when empty. UNKNOWN and OTHER as above."
+    )
+    manufacturers: tuple[str, ...] = Field(
+        default=(), description="Accepted (0008,0070) Manufacturer names; any when empty. UNKNOWN and OTHER as above."
+    )
+    min_side_px: int = Field(
+        default=1, ge=1, description="Smaller (0028,0010) Rows or (0028,0011) Columns are excluded, px."
+    )
+    frames: Literal["each", "middle", "refuse"] = Field(
+        default="refuse",
+        description="Multi-frame objects: every frame becomes a row, the middle one stands for the object, or none.",
+    )
     secondary_capture: bool = Field(
         default=False, description="Accept Secondary Capture objects of an accepted modality."
+    )
+    derived: bool = Field(
+        default=False, description="Accept (0008,0008) Image Type DERIVED\\SECONDARY: reformatted or processed images."
     )
     lateral_views: bool = Field(default=False, description="Accept lateral (0018,5101) View Position values.")
     burned_in_annotation: Literal["refuse", "accept"] = Field(

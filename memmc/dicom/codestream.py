@@ -10,6 +10,8 @@ from memmc.dicom.reasons import Rejected
 _JPEG_PROCESSES = {  # ISO/IEC 10918-1 Table B.1 start-of-frame markers that each transfer syntax allows
     "1.2.840.10008.1.2.4.50": (0xC0, 0xC1),
     "1.2.840.10008.1.2.4.51": (0xC0, 0xC1),
+    "1.2.840.10008.1.2.4.53": (0xC2,),  # retired: spectral selection and full progression
+    "1.2.840.10008.1.2.4.55": (0xC2,),
     "1.2.840.10008.1.2.4.57": (0xC3,),
     "1.2.840.10008.1.2.4.70": (0xC3,),
     "1.2.840.10008.1.2.4.80": (0xF7,),  # ISO/IEC 14495-1 SOF55

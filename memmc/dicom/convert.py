@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memmc.config import Config, DataConfig, IngestConfig, SelectConfig
+from memmc.dicom.decode import check_geometry
 from memmc.dicom.deidentify import ATTRIBUTES, Value, deidentify
-from memmc.dicom.pixels import Prepared, check_geometry, prepare
+from memmc.dicom.pixels import Prepared, frames_to_store, prepare
 from memmc.dicom.read import read_instance, silenced
 from memmc.dicom.reasons import Outcome, Rejected, outcome_of
 from memmc.dicom.select import select
 from memmc.dicom.text import holds_text
+
+MAX_STORED_BYTES = 256 << 20  # of all frames of one object
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,15 @@ class Converted:
         outcome: stored, excluded (healthy, out of scope) or quarantined (wrong or risky).
         reason: a code of `memmc.dicom.reasons.REASONS`; None where stored.
         attributes: every name of `ATTRIBUTES`, de-identified; None for what could not be read.
-        pixels: little-endian unsigned, shape (height, width, channels) in C-order; None unless stored.
+        pixels: little-endian unsigned, shape (frames, height, width, channels) in C-order; None unless stored.
+        frames: images in `pixels`: 1, or of a multi-frame object all frames in their order.
     """
 
     outcome: Outcome
     reason: str | None
     attributes: Mapping[str, Value]
     pixels: bytes | None = field(repr=False)
+    frames: int = 1
 
 
 def rejected(reason: str, attributes: Mapping[str, Value] | None = None) -> Converted:
@@ -110,9 +115,13 @@ def convert(
             geometry = check_geometry(instance, policy.ingest)
             before_pixels(attributes)
             decoding = True
-            return _stored(
-                attributes, prepare(instance, geometry, policy.data, _refuse_text if policy.read_text else None)
-            )
+            frames = frames_to_store(geometry, policy.select.frames)
+            if len(frames) * policy.data.image_size**2 * policy.data.bits // 8 > MAX_STORED_BYTES:
+                raise Rejected("PIX_LIMIT")
+            if len(frames) == 1 and geometry.frames > 1:
+                attributes["frame_number"] = frames[0] + 1
+            inspect = _refuse_text if policy.read_text else None
+            return _stored(attributes, prepare(instance, geometry, policy.data, frames, inspect))
         except Rejected as rejection:
             return rejected(rejection.reason, attributes)
         except KeyboardInterrupt:
@@ -137,4 +146,4 @@ def _stored(attributes: Mapping[str, Value], image: Prepared) -> Converted:
         "channels": image.channels,
         "bits": image.bits,
     }
-    return Converted("stored", None, {**attributes, **size}, image.pixels)
+    return Converted("stored", None, {**attributes, **size}, image.pixels, image.frames)

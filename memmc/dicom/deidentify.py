@@ -9,6 +9,7 @@ Application Level Confidentiality Profile (PS3.15 Annex E, code 113100).
 from __future__ import annotations
 
 import base64
+import hashlib
 import hmac
 import logging
 import re
@@ -31,7 +32,7 @@ Value = str | int | float | bool | None
 
 MIN_KEY_BYTES = 32
 _PATH_CONTEXT = b"memmc source_ref 1"
-_LOSSY_SYNTAXES = frozenset(f"1.2.840.10008.1.2.4.{suffix}" for suffix in ("50", "51", "81"))
+_LOSSY_SYNTAXES = frozenset(f"1.2.840.10008.1.2.4.{suffix}" for suffix in ("50", "51", "53", "55", "81"))
 _MAYBE_LOSSY_SYNTAXES = frozenset(f"1.2.840.10008.1.2.4.{suffix}" for suffix in ("91", "203"))
 
 _NAME = r"[A-Z][A-Z0-9 _.\-]{0,31}"
@@ -63,6 +64,7 @@ NUMBERS: Mapping[str, type[int] | type[float]] = {
     "rows": int,
     "columns": int,
     "bits_stored": int,
+    "frame_number": int,
     "pixel_spacing_mm": float,
     "height": int,
     "width": int,
@@ -116,6 +118,17 @@ def _digest(master: bytes, purpose: str, *parts: str) -> bytes:
 def keyed_uid(master: bytes, uid: str) -> str:
     """Return the pseudonym of a UID: 2.25 and 128 bits as an integer (PS3.5 B.2), the same for the same key."""
     digest = hmac.digest(derive_key(master, "uid"), b"uid" + uid.encode("utf-8", "replace"), "sha256")
+    return f"2.25.{int.from_bytes(digest[:16], 'big')}"
+
+
+def frame_uid(sop_instance_uid: str, frame_number: int) -> str:
+    """Return the UID under which one frame of a multi-frame object is filed.
+
+    Args:
+        sop_instance_uid: the object's pseudonym; from it alone, so that a frame's UID can be found again.
+        frame_number: 1-based.
+    """
+    digest = hashlib.sha256(f"memmc frame {sop_instance_uid} {frame_number}".encode()).digest()
     return f"2.25.{int.from_bytes(digest[:16], 'big')}"
 
 

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from memmc.dicom.read import decimal, integer, text
+from memmc.dicom.read import decimal, integer, sequence, text
 from memmc.dicom.reasons import Rejected
-from memmc.dicom.select import sequence
 
 Floats = NDArray[np.float64]
 
@@ -50,6 +49,32 @@ def grey_table(
         grey_V = 1.0 - grey_V
     grey_V[_padding(dataset, stored_V)] = 0.0
     return np.clip(grey_V, 0.0, 1.0).astype(np.float32)
+
+
+def frame_header(dataset: Dataset, frame: int) -> Dataset:
+    """Return the header of one frame: what its functional groups say of grey over what the object says.
+
+    The frame's own groups go before the shared ones (PS3.3 C.7.6.16.1.1); of the macros, Pixel Value Transformation
+    (C.7.6.16.2.9) and Frame VOI LUT (C.7.6.16.2.10) count.
+
+    Args:
+        dataset: the header.
+        frame: 0-based.
+    """
+    shared = sequence(dataset, "SharedFunctionalGroupsSequence")[:1]
+    own = sequence(dataset, "PerFrameFunctionalGroupsSequence")[frame : frame + 1]
+    items = [
+        item
+        for groups in (*shared, *own)
+        for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence")
+        for item in sequence(groups, macro)[:1]
+    ]
+    if not items:
+        return dataset
+    merged = Dataset()
+    for source in (dataset, *items):
+        merged.update(source)
+    return merged
 
 
 def _modality(dataset: Dataset, stored_V: NDArray[np.int64], little_endian: bool) -> tuple[Floats, float, float]:

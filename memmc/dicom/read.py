@@ -25,7 +25,17 @@ from pydicom.tag import BaseTag, Tag
 from memmc.dicom.reasons import Rejected
 from memmc.dicom.scan import MAX_HEADER_BYTES, MAX_TRAILING_BYTES, Encoding, PixelSpan, looks_explicit, scan_data_set
 
-__all__ = ["Instance", "Rejected", "decimal", "integer", "read_instance", "silenced", "text"]
+__all__ = [
+    "Instance",
+    "Rejected",
+    "decimal",
+    "integer",
+    "read_instance",
+    "sequence",
+    "silenced",
+    "text",
+    "texts",
+]
 
 IMPLICIT_LITTLE = "1.2.840.10008.1.2"
 EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
@@ -40,7 +50,22 @@ _NATIVE = {
 }
 ENCAPSULATED = frozenset(
     "1.2.840.10008.1.2." + suffix
-    for suffix in ("4.50", "4.51", "4.57", "4.70", "4.80", "4.81", "4.90", "4.91", "4.201", "4.202", "4.203", "5")
+    for suffix in (
+        "4.50",
+        "4.51",
+        "4.53",
+        "4.55",
+        "4.57",
+        "4.70",
+        "4.80",
+        "4.81",
+        "4.90",
+        "4.91",
+        "4.201",
+        "4.202",
+        "4.203",
+        "5",
+    )
 )
 """Compressed transfer syntaxes this package has a decoder for: PS3.5 A.4."""
 
@@ -75,7 +100,8 @@ _KEYWORDS = (
     "PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing BitsAllocated BitsStored HighBit "
     "PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit BurnedInAnnotation WindowCenter WindowWidth "
     "RescaleIntercept RescaleSlope VOILUTFunction LossyImageCompression ModalityLUTSequence VOILUTSequence "
-    "ViewCodeSequence PresentationLUTShape RedPaletteColorLookupTableDescriptor "
+    "ViewCodeSequence PresentationLUTShape SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence "
+    "RedPaletteColorLookupTableDescriptor "
     "GreenPaletteColorLookupTableDescriptor BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData "
     "GreenPaletteColorLookupTableData BluePaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData "
     "SegmentedGreenPaletteColorLookupTableData SegmentedBluePaletteColorLookupTableData"
@@ -280,6 +306,24 @@ def text(dataset: Dataset, keyword: str) -> str | None:
     """Return the first value as stripped text, None where absent, empty or not text."""
     value = _first(dataset, keyword)
     return (value.strip("\0 \t\r\n") or None) if isinstance(value, str) else None
+
+
+def texts(dataset: Dataset, keyword: str) -> list[str]:
+    """Return all values as stripped text, none where absent, empty or not text."""
+    try:
+        value = dataset.get(keyword) or []
+    except (*_VALUE_ERRORS, struct.error):
+        return []
+    return [value.strip()] if isinstance(value, str) else [str(part).strip() for part in value]
+
+
+def sequence(dataset: Dataset, keyword: str) -> list[Dataset]:
+    """Return the items of a sequence, none where it is absent or not one."""
+    try:
+        items = dataset.get(keyword)
+        return [item for item in items if isinstance(item, Dataset)] if items else []
+    except (*_VALUE_ERRORS, struct.error, OSError):
+        return []
 
 
 def integer(dataset: Dataset, keyword: str) -> int | None:

@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, ClassVar
 
-from memmc.dicom.convert import Converted, ConvertPolicy, rejected
+from memmc.dicom.convert import MAX_STORED_BYTES, Converted, ConvertPolicy, rejected
 from memmc.dicom.deidentify import ATTRIBUTES, NUMBERS, PATTERNS, Value
 from memmc.dicom.reasons import REASONS, outcome_of
 from memmc.dicom.worker import ANSWER, DIED, HEADER, READY, REQUEST, RESULT
@@ -244,7 +244,7 @@ class _Keeper:
 
     def _receive(self) -> tuple[bytes, int, dict[str, Any], bytes]:
         kind, number, json_bytes, pixel_bytes = ANSWER.unpack(self._take(ANSWER.size))
-        if json_bytes > _MAX_JSON_BYTES or pixel_bytes > 2 * 4096 * 4096:
+        if json_bytes > _MAX_JSON_BYTES or pixel_bytes > MAX_STORED_BYTES:
             raise _ClosedError
         head = json.loads(self._take(json_bytes))
         if not isinstance(head, dict):
@@ -304,9 +304,12 @@ def _checked_result(head: Mapping[str, Any], pixels: bytes, policy: ConvertPolic
         return Converted(outcome_of(reason), reason, attributes, None)
     side, bits = policy.data.image_size, policy.data.bits
     size = tuple(attributes[name] for name in ("height", "width", "channels", "bits"))
-    if size != (side, side, 1, bits) or len(pixels) != side * side * bits // 8:
+    frames = head["frames"]
+    if not isinstance(frames, int) or frames < 1 or (frames > 1 and policy.select.frames != "each"):
+        raise ValueError("frames")
+    if size != (side, side, 1, bits) or len(pixels) != frames * side * side * bits // 8:
         raise ValueError("pixels")
-    return Converted("stored", None, attributes, pixels)
+    return Converted("stored", None, attributes, pixels, frames)
 
 
 def _child_environment() -> dict[str, str]:

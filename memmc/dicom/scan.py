@@ -46,12 +46,14 @@ class PixelSpan:
         end: offset after the last value byte (native) or after the sequence delimiter (encapsulated).
         vr: OB or OW; empty under implicit VR.
         fragments: (start, end) of each fragment but the offset table; None for native pixel data.
+        offsets: the Basic Offset Table, empty where there is none.
     """
 
     start: int
     end: int
     vr: str
     fragments: tuple[tuple[int, int], ...] | None
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -226,12 +228,19 @@ class _Scan:
                 raise self._overrun(end, length)
         if self.total - end > MAX_TRAILING_BYTES:
             raise Rejected("PARSE_TRAILING")
-        return PixelSpan(value, end, vr.decode(), fragments)
+        return PixelSpan(value, end, vr.decode(), fragments, self._offsets(value) if fragments else ())
+
+    def _offsets(self, position: int) -> tuple[int, ...]:
+        """Return the Basic Offset Table, the first item of encapsulated Pixel Data."""
+        count = min(self.u32(self.buffer, position + 4)[0] // 4, MAX_ELEMENTS)
+        return struct.unpack_from(f"<{count}I", self.buffer, position + 8)
 
     def _fragments(self, position: int) -> tuple[tuple[tuple[int, int], ...], int]:
         """Return the fragments after the Basic Offset Table (PS3.5 A.4) and the offset after the delimiter."""
         spans: list[tuple[int, int]] = []
         while True:
+            if position == self.total and self._ends_codestream(spans):
+                return tuple(spans[1:]), position
             if self.total - position < 8 or len(spans) > MAX_ELEMENTS:
                 raise Rejected("PARSE_TRUNCATED" if self.total - position < 8 else "PARSE_ELEMENTS")
             group, element = self.tag_of(self.buffer, position)
@@ -245,6 +254,12 @@ class _Scan:
                 raise self._overrun(position + length, length)
             spans.append((position, position + length))
             position += length
+
+    def _ends_codestream(self, spans: list[tuple[int, int]]) -> bool:
+        """Whether only the sequence delimiter is missing: JPEG and JPEG 2000 streams end with FFD9, then a pad byte."""
+        return len(spans) > 1 and bytes(self.buffer[spans[-1][1] - 3 : spans[-1][1]]).rstrip(b"\0").endswith(
+            b"\xff\xd9"
+        )
 
 
 def looks_explicit(buffer: memoryview, start: int) -> bool:

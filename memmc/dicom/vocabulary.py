@@ -61,6 +61,13 @@ _BODY_PART_TEXT = (  # PS3.16 Annex L
 _BODY_PARTS = frozenset(_BODY_PART_TEXT.split())
 _BODY_PART_SYNONYMS = {"THORAX": "CHEST", "RIBS": "RIB", "C-SPINE": "CSPINE", "T-SPINE": "TSPINE", "L-SPINE": "LSPINE"}
 
+_IMAGE_TYPE_TEXT = (  # (0008,0008), PS3.3 C.7.6.1.1.2 and C.8
+    "ORIGINAL DERIVED PRIMARY SECONDARY MIXED AXIAL LOCALIZER REFORMATTED PROJECTION IMAGE VOLUME RESAMPLED M P R I "
+    "MPR MIP FFE SE IR CSA ND NORM"
+)
+_IMAGE_TYPES = frozenset((*_IMAGE_TYPE_TEXT.split(), "SCREEN SAVE", "SINGLE PLANE", "BIPLANE A", "BIPLANE B"))
+_CONVERSION_TYPES = frozenset(("DV", "DI", "DF", "WSD", "SD", "SI", "DRW", "SYN"))  # (0008,0064), PS3.3 C.8.6.1
+
 _MANUFACTURERS = (  # word that begins the name, once upper-cased and stripped of punctuation -> name
     ("AGFA", "AGFA"),
     ("ALPINION", "ALPINION"),
@@ -133,6 +140,26 @@ def modality(value: str | None) -> str | None:
 def photometric(value: str | None) -> str | None:
     """Return the defined term of Photometric Interpretation (0028,0004)."""
     return _known(value, _PHOTOMETRIC)
+
+
+def image_type(value: str | None) -> str:
+    """Return one value of Image Type (0008,0008)."""
+    return _known(value, _IMAGE_TYPES) or ""
+
+
+def conversion_type(value: str | None) -> str | None:
+    """Return the defined term of Conversion Type (0008,0064)."""
+    return _known(value, _CONVERSION_TYPES)
+
+
+def yes_no(value: str | None) -> str | None:
+    """Return YES or NO."""
+    return _known(value, frozenset(("YES", "NO")))
+
+
+def intent(value: str | None) -> str | None:
+    """Return the enumerated value of Presentation Intent Type (0008,0068)."""
+    return _known(value, frozenset(("FOR PRESENTATION", "FOR PROCESSING")))
 
 
 def view(value: str | None) -> str | None:

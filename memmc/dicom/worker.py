@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 from memmc.config import DataConfig, IngestConfig, SelectConfig
 from memmc.dicom import text
 from memmc.dicom.convert import ConvertPolicy, convert, rejected
+from memmc.dicom.decode import preload
 from memmc.dicom.deidentify import Value
-from memmc.dicom.pixels import preload
 
 REQUEST = struct.Struct("<QQ")  # number, bytes
 ANSWER = struct.Struct("<cQIQ")  # kind, number, JSON bytes, pixel bytes
@@ -110,7 +110,7 @@ def _work(policy: ConvertPolicy, channel: int, shared: int) -> NoReturn:
                 result = convert(data, policy, tell)
         except (OSError, ValueError):  # no room in the address space
             result = rejected("PARSE_MEMORY")
-        head = {"reason": result.reason, "attributes": dict(result.attributes)}
+        head = {"reason": result.reason, "attributes": dict(result.attributes), "frames": result.frames}
         _answer(channel, RESULT, number, head, result.pixels or b"")
         if result.reason in ("PIX_DECODER_OOM", "PARSE_MEMORY"):
             break  # what could not be allocated leaves a fragmented heap behind

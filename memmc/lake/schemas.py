@@ -69,6 +69,7 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "rows i32?",
         "columns i32?",
         "bits_stored i32?",
+        "frame_number i32?",  # 1-based, of a multi-frame object
         "pixel_spacing_mm f64?",
         "lossy bool?",
         "pixel_mean f64?",

@@ -7,10 +7,11 @@ without end, or drop a block of good rows. It becomes a row with a reason.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 
 from memmc.config import SplitConfig
 from memmc.dicom.convert import Converted, ConvertPolicy, rejected
-from memmc.dicom.deidentify import content_key, object_key, seal_path
+from memmc.dicom.deidentify import content_key, frame_uid, object_key, seal_path
 from memmc.dicom.sandbox import Sandbox
 from memmc.errors import StorageError
 from memmc.lake.schemas import INSTANCES, SCHEMAS
@@ -30,7 +31,7 @@ from memmc.pipeline.labels import StatedLabels
 from memmc.sources.folder_s3 import FetchFailed, SourceObject, fetch
 
 # What the driver needs of every row to settle duplicates and to balance the account.
-ACCOUNT = ("object_key", "outcome", "split", "reason", "sop_instance_uid", "content_key")
+ACCOUNT = ("object_key", "outcome", "split", "reason", "sop_instance_uid", "content_key", "frame_number")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def convert_objects(job: IngestJob, objects: list[SourceObject]) -> list[Written
 
 
 def rows_of(job: IngestJob, objects: list[SourceObject]) -> Iterator[dict[str, Any]]:
-    """Yield exactly one row of the `instances` table per object, in order.
+    """Yield the rows of the `instances` table in order: one per object, or one per frame (`select.frames` each).
 
     Raises:
         StorageError: the store itself refuses or hangs; its objects stay pending for the next run.
@@ -98,7 +99,8 @@ def rows_of(job: IngestJob, objects: list[SourceObject]) -> Iterator[dict[str, A
             data, converted = None, rejected(failure.reason)
         else:
             converted = sandbox.convert(data)
-        yield _row(job, item, data, converted)
+        row = _row(job, item, data, converted)
+        yield from [row] if converted.frames == 1 else _frame_rows(job, row, converted)
 
 
 def _row(job: IngestJob, item: SourceObject, data: bytes | None, converted: Converted) -> dict[str, Any]:
@@ -122,6 +124,27 @@ def _row(job: IngestJob, item: SourceObject, data: bytes | None, converted: Conv
         "ingest_run": job.run,
         "ingested_at": job.started,
     }
+
+
+def _frame_rows(job: IngestJob, row: dict[str, Any], converted: Converted) -> Iterator[dict[str, Any]]:
+    """Yield a row per frame.
+
+    The first keeps the object's key, by which a later run knows that the object was seen; each has a UID of its own,
+    so that duplicates, labels and scores work frame by frame.
+    """
+    pixels = memoryview(converted.pixels or b"")
+    size = len(pixels) // converted.frames
+    for number in range(1, converted.frames + 1):
+        one = replace(converted, pixels=bytes(pixels[(number - 1) * size : number * size]), frames=1)
+        key = row["object_key"]
+        yield {
+            **row,
+            "object_key": key if number == 1 else hashlib.sha256(f"{key} {number}".encode()).hexdigest(),
+            "sop_instance_uid": frame_uid(row["sop_instance_uid"], number),
+            "frame_number": number,
+            "pixels": one.pixels,
+            **pixel_statistics(one),
+        }
 
 
 def pixel_statistics(converted: Converted) -> dict[str, float | None]:

@@ -96,7 +96,7 @@ def _gpu() -> Finding:
 
 
 def _decoders() -> Finding:
-    from memmc.dicom.pixels import decoder_status
+    from memmc.dicom.decode import decoder_status
 
     status = decoder_status()
     missing = [name for name, available in status.items() if not available]

@@ -85,7 +85,7 @@ def ingest(
         with ray_cluster(config, home, training=False) as ray:
             shards = list(_convert(ray, config, job, new, progress))
         shards = settle_duplicates(job, shards, _stored_contents(lake, cohort))
-        rows = [row for shard in shards for row in shard.account]
+        rows = [row for shard in shards for row in shard.account if stands_for_object(row, config)]
         outcomes.update(row["outcome"] for row in rows)
         reasons.update(row["reason"] for row in rows if row["reason"])
         check_balance(len(new), [row["object_key"] for row in rows])
@@ -225,6 +225,11 @@ def _verdict(row: dict[str, Any], stored: dict[str, str]) -> tuple[str, str] | N
         stored[uid] = content
         return None
     return ("duplicate", "same_object") if stored[uid] == content else ("quarantined", "META_DUP_UID_CONFLICT")
+
+
+def stands_for_object(row: dict[str, Any], config: Config) -> bool:
+    """Whether a row counts in the account: the second and later frames of an object do not."""
+    return config.select.frames != "each" or row["frame_number"] in (None, 1)
 
 
 def check_balance(listed: int, accounted: list[str]) -> None:

@@ -25,7 +25,8 @@ from pydicom.uid import (
 )
 
 from memmc.dicom.convert import Converted, convert
-from memmc.dicom.pixels import check_geometry, grey_image
+from memmc.dicom.decode import check_geometry
+from memmc.dicom.pixels import grey_image
 from memmc.dicom.read import read_instance, silenced
 
 # In pydicom's wheel, single-frame: monochrome, and colour.
@@ -337,7 +338,7 @@ def test_lying_codestream_never_reaches_a_decoder(syntax: pydicom.uid.UID, monke
     ds.Rows = 128
     if syntax == RLELossless:
         ds.Rows, ds.BitsAllocated, ds.BitsStored, ds.HighBit = 64, 8, 8, 7
-    monkeypatch.setattr("memmc.dicom.pixels.get_decoder", lambda syntax: pytest.fail("decoder was called"))
+    monkeypatch.setattr("memmc.dicom.decode.get_decoder", lambda syntax: pytest.fail("decoder was called"))
     assert convert(encoded(ds), policy()).reason == "PIX_CODESTREAM_MISMATCH"
 
 
