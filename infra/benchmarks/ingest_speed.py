@@ -39,7 +39,8 @@ from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from memmc.config import load_config
-from memmc.dicom.pixels import check_geometry, prepare
+from memmc.dicom.decode import check_geometry
+from memmc.dicom.pixels import prepare
 from memmc.dicom.read import read_instance
 from memmc.phantom.objects import PROFILES, Identity, image_object
 from memmc.phantom.radiograph import BITS_STORED, Radiograph
