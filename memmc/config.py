@@ -77,7 +77,8 @@ class SelectConfig(Section):
     """Which instances are in scope; everything else is `excluded` with a reason."""
 
     modalities: tuple[str, ...] = Field(
-        default=("CR", "DX", "DR", "RG"), description="Accepted (0008,0060) Modality values."
+        default=("CR", "DX", "DR", "RG"),
+        description="Accepted (0008,0060) Modality values; UNKNOWN for images without one.",
     )
     body_parts: tuple[str, ...] = Field(
         default=(),

@@ -42,7 +42,8 @@ from memmc.phantom.radiograph import simulate
 LEAST_ACCOUNTED, MOST_MISSED = 175, 12
 MOST_SECONDS, MOST_GROWTH = 60.0, 50 << 20
 WIDE = (  # every modality and class that the decoders can show
-    "select.modalities=CR,DX,DR,RG,CT,MR,OT,US,NM,MG,PT,SC,XC,XA,OP,ES,IO,PX",
+    "select.modalities=CR,DX,DR,RG,CT,MR,OT,US,NM,MG,PT,SC,XC,XA,OP,ES,IO,PX,UNKNOWN",
+    "select.derived=true",
     "select.secondary_capture=true",
     "select.lateral_views=true",
     "select.burned_in_annotation=accept",
@@ -96,7 +97,7 @@ def zoo(folder: Path, findings: Findings, verbose: bool) -> None:
         print(f"  {count:5d}  decoded by {name}")
     for title, strict, chosen in (
         ("default selection", True, policy()),
-        ("every modality", False, policy(*WIDE, "select.frames=each")),
+        ("every modality", False, policy(*WIDE, "select.frames=each", "deid.text=class")),
     ):
         outcomes: dict[Path, tuple[str, str]] = {}
         with Sandbox(chosen) as sandbox:

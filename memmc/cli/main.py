@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memmc import __version__
-from memmc.cli import summaries
+from memmc.cli import selection, summaries
 from memmc.cli.options import (
     CohortOption,
     ConfigOption,
@@ -274,6 +274,9 @@ def report(
     with call(lake, config, settings, as_json=as_json) as run:
         result = step(run.config, cohort, model, out=str(out) if out else None, masks=masks, progress=run.terminal)
         run.finish(result, lambda: result.report)
+
+
+app.command(name="select")(selection.select)
 
 
 def _version(asked: bool) -> None:

@@ -14,7 +14,7 @@ from memmc.dicom.deidentify import ATTRIBUTES, Value, deidentify
 from memmc.dicom.pixels import Prepared, frames_to_store, prepare
 from memmc.dicom.read import read_instance, silenced
 from memmc.dicom.reasons import Outcome, Rejected, outcome_of
-from memmc.dicom.select import select
+from memmc.dicom.select import Verdict, explain, select
 from memmc.dicom.text import holds_text
 
 MAX_STORED_BYTES = 256 << 20  # of all frames of one object
@@ -128,6 +128,23 @@ def convert(
             raise
         except BaseException as error:  # noqa: BLE001 - the per-instance boundary; codecs panic past Exception
             return rejected(_reason(error, decoding), attributes)
+
+
+def judge(data: bytes, scope: SelectConfig, ingest: IngestConfig) -> tuple[str | None, list[Verdict]]:
+    """Ask the rules of selection of one object, without a decoder; never raises for what the object holds.
+
+    Returns:
+        The reason why the object cannot be read, or None, and every rule's answer.
+    """
+    with silenced():
+        try:
+            return None, explain(read_instance(data, ingest.max_decoded_bytes), scope)
+        except Rejected as rejection:
+            return rejection.reason, []
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the per-instance boundary
+            return _reason(error, decoding=False), []
 
 
 def _reason(error: BaseException, decoding: bool) -> str:

@@ -95,11 +95,11 @@ def _sop_class(instance: Instance, config: SelectConfig) -> str | None:
 
 
 def _modality(instance: Instance, config: SelectConfig) -> str | None:
-    """Modality (0008,0060) is one of the accepted ones; an image that says none is not, a header cut short is wrong."""
+    """Modality (0008,0060) is one of the accepted ones."""
     found = text(instance.dataset, "Modality")
-    if found is None and instance.pixels is None:
+    if found is None and instance.pixels is None:  # a header cut short, not an image that says nothing
         return "META_MISSING_TYPE1"
-    return None if found in config.modalities else "META_MODALITY_OUT_OF_SCOPE"
+    return None if (found or _UNKNOWN) in config.modalities else "META_MODALITY_OUT_OF_SCOPE"
 
 
 def _frames(instance: Instance, config: SelectConfig) -> str | None:
@@ -243,7 +243,9 @@ def _shown_uids(dataset: Dataset) -> Mapping[str, str]:
 
 
 def _shown_type(dataset: Dataset) -> Mapping[str, str]:
-    return {"ImageType": "\\".join(vocabulary.image_type(value) for value in texts(dataset, "ImageType")) or _ABSENT}
+    return {
+        "ImageType": "\\".join(vocabulary.image_type(value) or "-" for value in texts(dataset, "ImageType")) or _ABSENT
+    }
 
 
 def _shown_page(dataset: Dataset) -> Mapping[str, str]:

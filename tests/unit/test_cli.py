@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-VERBS = {"doctor", "demo", "ingest", "train", "calibrate", "score", "scores", "evaluate", "report"}
+VERBS = {"doctor", "demo", "ingest", "train", "calibrate", "score", "scores", "evaluate", "report", "select"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -70,6 +70,8 @@ def test_scope_is_configured() -> None:
         return convert(encoded(dataset(**attributes)), policy(*overrides)).reason
 
     assert reason({"Modality": "CT"}, "select.modalities=CT,MR") is None
+    assert reason({"Modality": None}, "select.modalities=CT,UNKNOWN") is None
+    assert reason({"Modality": None, "PixelData": None}, "select.modalities=CT,UNKNOWN") == "META_MISSING_TYPE1"
     assert reason({}, "select.modalities=CT,MR") == "META_MODALITY_OUT_OF_SCOPE"
     assert reason({"ViewPosition": "LL"}, "select.lateral_views=true") is None
     assert reason({}, "select.views=PA,AP", "select.body_parts=CHEST", "select.manufacturers=SIEMENS") is None
