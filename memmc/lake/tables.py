@@ -8,6 +8,7 @@ pandas) open the tables as they are.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import time
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 COMMIT_ATTEMPTS = 12
 READ_THREADS = 8
 IDENTITY_FILE = "_identity.json"
+
+
+class LostTurnError(StorageError):
+    """Another writer of the same name committed first; read its commit and try again."""
 
 
 class Lake:
@@ -71,6 +76,7 @@ class Lake:
         run_id: str,
         metadata: Mapping[str, Any] | None = None,
         step: int = 1,
+        turn: tuple[str, int] | None = None,
     ) -> int:
         """Make shards part of a table, all or none, once per run and step.
 
@@ -83,11 +89,13 @@ class Lake:
             run_id: the run; with `step` it names the commit.
             metadata: JSON values kept in the commit.
             step: 1, 2, ... for a run of several commits; a run's steps commit in order.
+            turn: name and number, as `turn` returned it: the commit fails when another of that name came first.
 
         Returns:
             The version that holds the commit.
 
         Raises:
+            LostTurnError: another commit of the turn's name came first.
             StorageError: the place cannot be written, or other writers won every attempt.
         """
         from deltalake import CommitProperties, Transaction
@@ -95,6 +103,8 @@ class Lake:
 
         schema, by = schema_of(table), list(PARTITION_BY.get(table, ()))
         actions = [_add_action(table, file) for file in files]
+        transactions = [Transaction(run_id, step)] + ([Transaction(turn[0], turn[1] + 1)] if turn else [])
+        self.probe()
         commit_id = uuid.uuid4().hex
         properties = CommitProperties(
             custom_metadata={
@@ -103,7 +113,7 @@ class Lake:
                 "commit": commit_id,
                 "metadata": json.dumps(metadata or {}),
             },
-            app_transactions=[Transaction(run_id, step)],
+            app_transactions=transactions,
         )
         for attempt in range(COMMIT_ATTEMPTS):
             try:
@@ -112,6 +122,8 @@ class Lake:
                     newest = delta.version()
                     found = self._find_commit(table, range(newest, -1, -1), {"run": run_id, "step": str(step)})
                     return newest if found is None else found
+                if turn and (delta.transaction_version(turn[0]) or 0) != turn[1]:
+                    raise LostTurnError(f"table '{table}': another run committed first; run again")
                 delta.create_write_transaction(
                     actions, mode="append", schema=schema, partition_by=by, commit_properties=properties
                 )
@@ -127,6 +139,19 @@ class Lake:
             except (DeltaError, OSError) as error:
                 raise _storage_error(error) from None
         raise StorageError(f"table '{table}': other writers won {COMMIT_ATTEMPTS} attempts in a row; run again")
+
+    def turn(self, table: str, name: str) -> int:
+        """Return how many commits took a turn under this name; for `commit`, read before what the commit rests on."""
+        return (self._open(table).transaction_version(name) or 0) if self.exists(table) else 0
+
+    def probe(self) -> None:
+        """Refuse, once per process, an S3 store on which two commits could overwrite each other.
+
+        Raises:
+            StorageError: the store ignores If-None-Match, or cannot be written.
+        """
+        if self.storage.is_s3:
+            _probe_once(self.storage)
 
     def append(
         self, table: str, rows: pa.Table, run_id: str | None = None, metadata: Mapping[str, Any] | None = None
@@ -334,6 +359,11 @@ class Lake:
             return None
         infos = (json.loads(line).get("commitInfo") for line in lines if b'"commitInfo"' in line)
         return next((info for info in infos if info), {})
+
+
+@functools.cache
+def _probe_once(storage: Storage) -> None:
+    storage.probe_conditional_put()
 
 
 def _log_name(table: str, version: int) -> str:

@@ -36,7 +36,11 @@ ACCOUNT = ("object_key", "outcome", "split", "reason", "sop_instance_uid", "cont
 
 @dataclass(frozen=True)
 class IngestJob:
-    """What all tasks of one ingest share. Holds the identity key: never log it."""
+    """What all tasks of one ingest share. Holds the identity key: never log it.
+
+    Attributes:
+        turn: `Lake.turn` when the run was planned.
+    """
 
     run: str
     cohort: str
@@ -47,6 +51,7 @@ class IngestJob:
     labels: StatedLabels
     preprocess_id: str
     started: datetime
+    turn: int = 0
 
 
 @dataclass(frozen=True)

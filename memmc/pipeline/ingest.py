@@ -16,8 +16,7 @@ from typing import Any
 from memmc.config import Config
 from memmc.dicom.convert import ConvertPolicy
 from memmc.dicom.deidentify import key_id, object_key
-from memmc.errors import AccountingError, UsageError
-from memmc.lake.shards import read_shard
+from memmc.errors import UsageError
 from memmc.lake.tables import Lake
 from memmc.pipeline.cluster import ray_cluster, tasks_at_once
 from memmc.pipeline.convert_chunk import (
@@ -28,12 +27,12 @@ from memmc.pipeline.convert_chunk import (
     objects_to_json,
     shards_from_json,
     shards_to_json,
-    write_partition,
 )
 from memmc.pipeline.identity import home_directory, identity_key
 from memmc.pipeline.labels import read_labels
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import IngestResult, PlanResult
+from memmc.pipeline.settle import publish, seen_objects, stands_for_object, turn_name
 from memmc.sources.folder_s3 import SourceObject, list_objects
 
 logger = logging.getLogger(__name__)
@@ -84,17 +83,11 @@ def ingest(
         progress.stage("ingest", len(new))
         with ray_cluster(config, home, training=False) as ray:
             shards = list(_convert(ray, config, job, new, progress))
-        shards = settle_duplicates(job, shards, _stored_contents(lake, cohort))
-        rows = [row for shard in shards for row in shard.account if stands_for_object(row, config)]
-        outcomes.update(row["outcome"] for row in rows)
-        reasons.update(row["reason"] for row in rows if row["reason"])
-        check_balance(len(new), [row["object_key"] for row in rows])
-        version = lake.commit(
-            "instances",
-            [shard.file for shard in shards],
-            run_id=job.run,
-            metadata={"cohort": cohort, "preprocess_id": job.preprocess_id, "config_id": config.config_id},
-        )
+        metadata = {"cohort": cohort, "preprocess_id": job.preprocess_id, "config_id": config.config_id}
+        version, shards, dropped = publish(lake, job, shards, len(new), metadata)
+        rows = [row for shard in shards for row in shard.account if stands_for_object(job, row)]
+        outcomes.update([row["outcome"] for row in rows] + ["duplicate"] * dropped)
+        reasons.update([row["reason"] for row in rows if row["reason"]] + [ALREADY_INGESTED] * dropped)
     else:
         version = lake.version("instances") if lake.exists("instances") else -1
     logger.info("ingest %s: %d objects, %s", job.run, known + len(new), dict(outcomes))
@@ -156,7 +149,9 @@ def plan(
     progress.stage("list")
     listed = list(list_objects(source))
     labels.check_against(item.path for item in listed)
-    seen = _seen_objects(lake, cohort)
+    lake.probe()
+    turn = lake.turn("instances", turn_name(cohort))
+    seen = seen_objects(lake, cohort)
     new = [item for item in listed if object_key(key, source, item.path, item.size, item.modified) not in seen]
     started = datetime.now(UTC)
     job = IngestJob(
@@ -169,80 +164,10 @@ def plan(
         labels=labels,
         preprocess_id=config.preprocess_id,
         started=started,
+        turn=turn,
     )
     progress.message(f"{len(listed)} objects listed, {len(new)} new")
     return job, len(listed) - len(new), new
-
-
-def settle_duplicates(job: IngestJob, shards: list[WrittenShard], stored: dict[str, str]) -> list[WrittenShard]:
-    """Leave each SOP Instance stored once; the first in listing order wins.
-
-    A copy becomes `duplicate`; the same SOP Instance UID with other bytes is
-    `quarantined` as META_DUP_UID_CONFLICT (PS3.3 C.12.1: the UID identifies one
-    object). Shards that hold neither stay as they were written.
-
-    Args:
-        stored: SOP Instance UID -> content key of what the cohort already holds.
-    """
-    settled: list[WrittenShard] = []
-    moved: dict[str, list[dict[str, Any]]] = {"duplicate": [], "quarantined": []}
-    stored = dict(stored)
-    for shard in shards:
-        if shard.file.partition["outcome"] != "stored":
-            settled.append(shard)
-            continue
-        verdicts = [_verdict(row, stored) for row in shard.account]
-        if not any(verdicts):
-            settled.append(shard)
-            continue
-        rows = read_shard(job.storage, shard.file.path).to_pylist()
-        job.storage.delete(shard.file.path)
-        kept: list[dict[str, Any]] = []
-        for row, verdict in zip(rows, verdicts, strict=True):
-            if verdict is None:
-                kept.append({**row, "outcome": "stored", "split": shard.file.partition["split"]})
-            else:
-                outcome, reason = verdict
-                moved[outcome].append(
-                    {
-                        **row,
-                        "outcome": outcome,
-                        "split": "none",
-                        "reason": reason,
-                        "pixels": None,
-                        "preprocess_id": None,
-                    }
-                )
-        if kept:
-            settled.append(write_partition(job.storage, "stored", shard.file.partition["split"], kept))
-    settled.extend(write_partition(job.storage, outcome, "none", rows) for outcome, rows in moved.items() if rows)
-    return settled
-
-
-def _verdict(row: dict[str, Any], stored: dict[str, str]) -> tuple[str, str] | None:
-    uid, content = row["sop_instance_uid"], row["content_key"]
-    if uid not in stored:
-        stored[uid] = content
-        return None
-    return ("duplicate", "same_object") if stored[uid] == content else ("quarantined", "META_DUP_UID_CONFLICT")
-
-
-def stands_for_object(row: dict[str, Any], config: Config) -> bool:
-    """Whether a row counts in the account: the second and later frames of an object do not."""
-    return config.select.frames != "each" or row["frame_number"] in (None, 1)
-
-
-def check_balance(listed: int, accounted: list[str]) -> None:
-    """Check that every listed object has exactly one row.
-
-    Raises:
-        AccountingError: with the counts.
-    """
-    if len(accounted) != listed or len(set(accounted)) != listed:
-        raise AccountingError(
-            f"{listed} objects were listed, {len(accounted)} rows came back, {len(set(accounted))} of them distinct; "
-            "nothing was committed: run ingest again, and report this if it repeats"
-        )
 
 
 def _convert(
@@ -276,16 +201,3 @@ def _objects_per_task(config: Config, count: int, cpus: int) -> int:
     """Enough objects for a shard of 32 MB, but at least four tasks per CPU when there are that many."""
     pixels = config.data.image_size**2 * config.data.bits // 8
     return max(_LEAST_OBJECTS_PER_TASK, min(math.ceil(_SHARD_BYTES / pixels), math.ceil(count / (4 * cpus))))
-
-
-def _seen_objects(lake: Lake, cohort: str) -> set[str]:
-    if not lake.exists("instances"):
-        return set()
-    return set(lake.read("instances", ["object_key"], filter={"cohort": cohort})["object_key"].to_pylist())
-
-
-def _stored_contents(lake: Lake, cohort: str) -> dict[str, str]:
-    if not lake.exists("instances"):
-        return {}
-    table = lake.read("instances", ["sop_instance_uid", "content_key"], filter={"cohort": cohort, "outcome": "stored"})
-    return dict(zip(table["sop_instance_uid"].to_pylist(), table["content_key"].to_pylist(), strict=True))

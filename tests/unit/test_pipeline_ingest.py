@@ -1,6 +1,8 @@
 """Duplicates, accounting and labels of an ingest, without Ray."""
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
@@ -10,6 +12,7 @@ from memmc.dicom.convert import ConvertPolicy
 from memmc.errors import AccountingError, DataError
 from memmc.lake.shards import read_shard
 from memmc.lake.storage import Storage
+from memmc.lake.tables import Lake
 from memmc.pipeline.convert_chunk import (
     IngestJob,
     objects_from_json,
@@ -18,8 +21,8 @@ from memmc.pipeline.convert_chunk import (
     shards_to_json,
     write_partition,
 )
-from memmc.pipeline.ingest import check_balance, settle_duplicates
 from memmc.pipeline.labels import StatedLabels
+from memmc.pipeline.settle import check_balance, publish, settle
 from memmc.pipeline.train import pooled_statistics
 from memmc.sources.folder_s3 import SourceObject
 
@@ -68,7 +71,7 @@ def outcomes(job, shards):
 def test_the_first_of_two_copies_is_stored_and_the_other_is_a_duplicate(job):
     first = write_partition(job.storage, "stored", "train", [row(1, "u", "x"), row(2, "v", "y")])
     second = write_partition(job.storage, "stored", "train", [row(3, "u", "x"), row(4, "w", "z")])
-    settled = settle_duplicates(job, [first, second], {})
+    settled = settle(job, [first, second], {})
     assert outcomes(job, settled) == {
         "1": ("stored", None, b"\0\1"),
         "2": ("stored", None, b"\0\1"),
@@ -81,8 +84,44 @@ def test_the_first_of_two_copies_is_stored_and_the_other_is_a_duplicate(job):
 
 def test_one_uid_with_two_contents_is_quarantined(job):
     shard = write_partition(job.storage, "stored", "train", [row(1, "u", "x")])
-    settled = settle_duplicates(job, [shard], {"u": "other"})
+    settled = settle(job, [shard], {"u": "other"})
     assert outcomes(job, settled) == {"1": ("quarantined", "META_DUP_UID_CONFLICT", None)}
+
+
+def test_of_two_ingests_of_one_tree_each_object_stays_once(job):
+    """Both planned on the empty lake and converted everything; one of them has an object more."""
+    jobs = [dataclasses.replace(job, run=f"run{number}") for number in range(2)]
+    shards = [
+        [write_partition(one.storage, "stored", "train", [row(1, "u", "x"), row(2, "v", "y")]) for one in jobs][0:1],
+        [write_partition(jobs[1].storage, "stored", "train", [row(1, "u", "x"), row(2, "v", "y"), row(3, "w", "z")])],
+    ]
+    lake = Lake(job.storage.uri)
+    first = publish(lake, jobs[0], shards[0], 2, {})
+    second = publish(lake, jobs[1], shards[1], 3, {})
+    assert (first[2], second[2]) == (0, 2)
+    assert sorted(lake.read("instances", ["object_key"])["object_key"].to_pylist()) == [f"{n:064x}" for n in (1, 2, 3)]
+    again = [write_partition(job.storage, "stored", "train", [row(1, "u", "x")])]
+    assert publish(lake, dataclasses.replace(job, run="run2"), again, 1, {}) == (second[0], [], 1)
+
+
+def test_ingests_that_commit_at_the_same_moment_take_turns(job):
+    lake = Lake(job.storage.uri)
+    lake.commit("instances", [], "made")
+    start = threading.Barrier(4)
+
+    def run(number: int) -> int:
+        one = dataclasses.replace(job, run=f"run{number}")
+        shards = [
+            write_partition(job.storage, "stored", "train", [row(1, "u", "x"), row(10 + number, f"n{number}", "y")])
+        ]
+        start.wait(30)
+        return publish(lake, one, shards, 2, {})[2]
+
+    with ThreadPoolExecutor(4) as pool:
+        dropped = list(pool.map(run, range(4)))
+    assert sorted(dropped) == [0, 1, 1, 1]
+    keys = lake.read("instances", ["object_key"])["object_key"].to_pylist()
+    assert sorted(keys) == sorted(f"{n:064x}" for n in (1, 10, 11, 12, 13))
 
 
 def test_an_account_that_does_not_balance_fails():
