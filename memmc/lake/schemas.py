@@ -1,4 +1,4 @@
-"""The Arrow schemas of the four tables, in one place."""
+"""The Arrow schemas of the tables, in one place."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ INSTANCES: Final = "instances"
 SCORES: Final = "scores"
 CALIBRATIONS: Final = "calibrations"
 LABELS: Final = "labels"
+QUALITY: Final = "quality"
 
 
 _TYPES: Final = {
@@ -23,6 +24,7 @@ _TYPES: Final = {
     "bool": pa.bool_(),
     "bytes": pa.binary(),
     "f64s": pa.list_(pa.float64()),
+    "strs": pa.list_(pa.string()),
     "time": pa.timestamp("us", tz="UTC"),
 }
 
@@ -115,6 +117,17 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "created_at time",
     ),
     LABELS: _schema("cohort str", "sop_instance_uid str", "label str", "source str", "labelled_at time"),
+    QUALITY: _schema(
+        "cohort str",
+        "sop_instance_uid str",
+        "patient_key str",
+        "flags strs",  # QC_* codes of `memmc.quality`; an empty list passes
+        "perceptual_hash str",  # 64 bits as 16 hex digits
+        "thumbnail bytes",  # uint8, square, C order
+        "gate_id str",  # names the rules and the reference
+        "run str",
+        "gated_at time",
+    ),
 }
 """Arrow schema of each table."""
 
