@@ -25,6 +25,10 @@ ENV_PREFIX = "MEMMC_"
 Preset = Literal["tiny", "small", "base"]
 ScorerName = Literal["residual_statistics", "residual_peak", "l1", "mse", "ssim", "ms_ssim", "gms"]
 
+StratumColumn = Literal[
+    "modality", "manufacturer", "manufacturer_model", "view_position", "body_part", "laterality", "patient_sex"
+]
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -242,7 +246,12 @@ class ScoreConfig(Section):
         default=4,
         description="Forward passes per image, a multiple of 1 / (1 - mask_ratio) (complementary masks) [choice].",
     )
-    batch_size: Positive = 64
+    batch_size: int = Field(
+        default=0, ge=0, description="Images judged together; found by each actor at its start when 0."
+    )
+    commit_seconds: float = Field(
+        default=30.0, gt=0, description="Time between commits of scores; a kill costs at most what was done since, s."
+    )
     num_actors: Positive = Field(default=2, description="Scoring actors.")
     grid: Positive = Field(default=4, description="Side of the coarse grid of residual features, cells [choice].")
     components: Positive = Field(default=16, description="Principal components of the residual statistics [choice].")
@@ -255,6 +264,17 @@ class CalibrateConfig(Section):
         default=0.05, description="Share of normal patients' images to be flagged at most."
     )
     min_normals: Positive = Field(default=20, description="Fewer held-out normal images refuse a calibration.")
+    rates: tuple[Fraction, ...] = Field(
+        default=(0.01, 0.05, 0.10),
+        description="Further false-positive rates whose thresholds, with intervals, are kept beside the chosen one.",
+    )
+    strata: tuple[StratumColumn, ...] = Field(
+        default=("manufacturer", "manufacturer_model", "view_position"),
+        description="Columns of `instances`; images that agree in all of them are judged by their own normals.",
+    )
+    min_stratum_normals: Positive = Field(
+        default=100, description="A stratum with fewer held-out normal images is judged by the pooled ones [choice]."
+    )
 
 
 class EvaluateConfig(Section):

@@ -25,6 +25,29 @@ _TYPES: Final = {
     "bytes": pa.binary(),
     "f64s": pa.list_(pa.float64()),
     "strs": pa.list_(pa.string()),
+    "strata": pa.list_(
+        pa.struct(
+            {
+                "stratum": pa.string(),
+                "num_normals": pa.int64(),
+                "num_patients": pa.int64(),
+                "normal_scores": pa.list_(pa.float64()),
+                "refused": pa.string(),
+                "thresholds": pa.list_(
+                    pa.struct(
+                        {
+                            "rate": pa.float64(),
+                            "threshold": pa.float64(),
+                            "low": pa.float64(),
+                            "high": pa.float64(),
+                            "refused": pa.string(),
+                        }
+                    )
+                ),
+            }
+        )
+    ),
+    "strs": pa.list_(pa.string()),
     "time": pa.timestamp("us", tz="UTC"),
 }
 
@@ -82,7 +105,7 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
     SCORES: _schema(
         "cohort str",
         "sop_instance_uid str",
-        "patient_key str",
+        "patient_key str?",
         "study_uid str?",
         "model str",  # name/version
         "model_digest str",
@@ -90,7 +113,7 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "dataset_version i64",
         "preprocess_id str",
         "scorer str",
-        "anomaly_score f64",  # higher is more abnormal
+        "anomaly_score f64?",  # higher is more abnormal; null where not_scored says why
         "p_value f64?",
         "is_abnormal bool?",
         "score_spread f64?",  # standard deviation over passes
@@ -99,6 +122,8 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "map_width i32?",
         "scored_at time",
         "run str",
+        "stratum str?",  # of the calibration, by which p_value and is_abnormal were judged
+        "not_scored str?",  # reason code of an instance that has no score
     ),
     CALIBRATIONS: _schema(
         "calibration_id str",
@@ -115,6 +140,10 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "map_scale f64?",  # map value at the top of the colour scale
         "scorer_state bytes?",  # safetensors
         "created_at time",
+        "passes i32?",  # per image
+        "strata_columns strs?",  # columns of `instances` whose values make a stratum
+        "strata strata?",  # thresholds with intervals, the pooled ones first
+        "study_p_values f64s?",  # smallest p-value of each held-out normal study, sorted
     ),
     LABELS: _schema("cohort str", "sop_instance_uid str", "label str", "source str", "labelled_at time"),
     QUALITY: _schema(
