@@ -1,0 +1,1 @@
+"""Search for identifying values in everything the pipeline leaves behind."""
