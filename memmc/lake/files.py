@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memmc.errors import DataError
+from memmc.lake.evolution import optional_columns
 from memmc.lake.schemas import PARTITION_BY, conform, schema_of
 from memmc.lake.shards import ShardFile, read_shard, write_shard
 from memmc.lake.storage import Storage
@@ -95,19 +96,33 @@ def values(value: Value | Collection[Value]) -> list[Value]:
 def read_file(storage: Storage, table: str, file: DataFile, columns: Sequence[str]) -> pa.Table:
     """Return columns of one committed shard, partition columns included."""
     stored = [name for name in columns if name not in file.partition]
-    rows = read_shard(storage, file.path, stored) if stored else None
+    rows = read_shard(storage, file.path, stored, optional_columns(table)) if stored else None
     return with_partition(table, rows, file, columns)
 
 
 def with_partition(table: str, rows: pa.Table | None, file: DataFile, columns: Sequence[str]) -> pa.Table:
-    """Return rows of a shard with its partition columns added, in the order of `columns`; None rows = all of them."""
+    """Return rows of a shard with its partition columns added, in the order of `columns`; None rows = all of them.
+
+    Raises:
+        DataError: the shard's type of a column does not fit the one that this code gives it.
+    """
     schema = schema_of(table)
     num_rows = file.num_rows if rows is None else rows.num_rows
     fields = [schema.field(name) for name in columns]
     arrays = [
         pa.chunked_array([pa.repeat(pa.scalar(file.partition[field.name], field.type), num_rows)])
         if rows is None or field.name in file.partition
-        else rows[field.name].cast(field.type)
+        else _cast(table, rows[field.name], field)
         for field in fields
     ]
     return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def _cast(table: str, column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    try:
+        return column.cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise DataError(
+            f"table '{table}', column '{field.name}': the lake holds {column.type}, this version of memmc "
+            f"expects {field.type}; use the version that wrote the lake"
+        ) from None

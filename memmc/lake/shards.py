@@ -78,21 +78,28 @@ def write_shard(
     return ShardFile(path, len(data), table.num_rows, digest, partition, _statistics(table))
 
 
-def read_shard(storage: Storage, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+def read_shard(
+    storage: Storage, path: str, columns: Sequence[str] | None = None, optional: pa.Schema | None = None
+) -> pa.Table:
     """Return a shard's rows, all columns when `columns` is None; partition columns are not in it.
+
+    Args:
+        optional: columns that a shard of an older schema may lack; they come as nulls.
 
     Raises:
         IntegrityError: the bytes are not those that were written; the shard is named.
         StorageError: the shard is absent or the place cannot be read.
     """
-    tables = list(iter_shard(storage, path, columns))
+    tables = list(iter_shard(storage, path, columns, optional))
     return pa.concat_tables(tables)
 
 
-def iter_shard(storage: Storage, path: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Yield a shard's rows in order as one or more tables; raises as `read_shard`."""
+def iter_shard(
+    storage: Storage, path: str, columns: Sequence[str] | None = None, optional: pa.Schema | None = None
+) -> Iterator[pa.Table]:
+    """Yield a shard's rows in order as one or more tables; arguments and errors are those of `read_shard`."""
     if columns is not None and not BULK_COLUMNS.intersection(columns):
-        table = _read_small_columns(storage, path, columns)
+        table = _read_small_columns(storage, path, columns, optional)
         if table is not None:
             yield table
             return
@@ -102,17 +109,19 @@ def iter_shard(storage: Storage, path: str, columns: Sequence[str] | None = None
         raise IntegrityError(f"shard {path}: SHA-256 differs from its name; {_REMEDY}")
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-        wanted = _existing_columns(file, path, columns)
+        wanted, present = _columns_of(file, path, columns, optional)
         for index in range(file.num_row_groups):
-            yield file.read_row_group(index, columns=wanted, use_threads=False).select(wanted)
+            yield _in_order(file.read_row_group(index, columns=present, use_threads=False), wanted, optional)
         if not file.num_row_groups:
-            yield file.schema_arrow.empty_table().select(wanted)
+            yield _in_order(file.schema_arrow.empty_table(), wanted, optional)
     except _UNREADABLE:
         # The decoder's own text is dropped: it may quote values.
         raise IntegrityError(f"shard {path}: bytes differ from those written; {_REMEDY}") from None
 
 
-def _read_small_columns(storage: Storage, path: str, columns: Sequence[str]) -> pa.Table | None:
+def _read_small_columns(
+    storage: Storage, path: str, columns: Sequence[str], optional: pa.Schema | None
+) -> pa.Table | None:
     """Fetch only what the columns need; None when that fails, so that the whole file is fetched and judged."""
     filesystem, root = storage.arrow_filesystem()
     try:
@@ -127,8 +136,8 @@ def _read_small_columns(storage: Storage, path: str, columns: Sequence[str]) -> 
                 return None
             metadata = pq.read_metadata(pa.BufferReader(tail))
             with pq.ParquetFile(source, metadata=metadata, pre_buffer=True, page_checksum_verification=True) as file:
-                wanted = _existing_columns(file, path, columns)
-                table = file.read(columns=wanted, use_threads=False).select(wanted)
+                wanted, present = _columns_of(file, path, columns, optional)
+                table = _in_order(file.read(columns=present, use_threads=False), wanted, optional)
                 return table if table.num_rows == metadata.num_rows else None
     except _UNREADABLE:
         return None
@@ -146,13 +155,25 @@ def _footer_digest(data: bytes) -> str:
     return hashlib.sha256(data[-_footer_length(data) :]).hexdigest()[:16]
 
 
-def _existing_columns(file: pq.ParquetFile, path: str, columns: Sequence[str] | None) -> list[str]:
+def _columns_of(
+    file: pq.ParquetFile, path: str, columns: Sequence[str] | None, optional: pa.Schema | None
+) -> tuple[list[str], list[str]]:
+    """Return the columns asked for, and those of them that the file holds."""
     names: list[str] = file.schema_arrow.names
     wanted = names if columns is None else list(columns)
-    missing = sorted(set(wanted) - set(names))
+    present = [name for name in wanted if name in names]
+    missing = sorted(set(wanted) - {*names, *(optional.names if optional is not None else ())})
     if missing:
         raise IntegrityError(f"shard {path}: no columns {missing}; it is not of this table, or was changed")
-    return wanted
+    return wanted, present
+
+
+def _in_order(rows: pa.Table, wanted: Sequence[str], optional: pa.Schema | None) -> pa.Table:
+    """Return the columns in the order asked for, those the rows lack as nulls."""
+    for name in wanted:
+        if name not in rows.column_names and optional is not None:
+            rows = rows.append_column(name, pa.nulls(rows.num_rows, optional.field(name).type))
+    return rows.select(list(wanted))
 
 
 def _to_parquet(table: pa.Table) -> bytes:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memmc.errors import DataError, IntegrityError
+from memmc.lake.evolution import optional_columns
 from memmc.lake.files import DataFile, Filter, select_rows, with_partition
 from memmc.lake.schemas import INSTANCES, schema_of
 from memmc.lake.shards import iter_shard
@@ -110,7 +111,7 @@ def read_rows(
     extra = [*where, *([KEY_COLUMN] if keys is not None else [])]
     load = list(dict.fromkeys([*columns, *extra]))
     stored = [name for name in load if name not in file.partition]
-    parts = iter_shard(storage, file.path, stored) if stored else [None]
+    parts = iter_shard(storage, file.path, stored, optional_columns(table)) if stored else [None]
     for part in parts:
         rows = with_partition(table, part, file, load)
         if keys is not None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from memmc.errors import DataError, IdentityKeyError, StorageError
+from memmc.lake.evolution import columns_to_add
 from memmc.lake.files import DataFile, Filter, Value, read_file, select_rows, values, write_rows
 from memmc.lake.s3 import AbsentError
 from memmc.lake.schemas import INSTANCES, LABELS, PARTITION_BY, SCHEMAS, schema_of
@@ -322,10 +323,16 @@ class Lake:
             raise _storage_error(error) from None
 
     def _open_or_make(self, table: str) -> DeltaTable:
+        """Open a table for writing: made when absent, with every column that this code writes."""
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError
 
         if self.exists(table):
+            delta = self._open(table)
+            new = columns_to_add(table, delta)
+            if not new:
+                return delta
+            delta.alter.add_columns(new)
             return self._open(table)
         try:
             DeltaTable.create(
