@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 def grey_table(
     dataset: Dataset, bits_stored: int, signed: bool, little_endian: bool, window: Literal["first", "full"]
-) -> NDArray[np.float32]:
+) -> Floats:
     """Return the grey of every stored bit pattern.
 
     Args:
@@ -33,7 +33,7 @@ def grey_table(
         window: the object's first VOI LUT or window, or the full stored range.
 
     Returns:
-        float32, shape (2**bits_stored,), 0 black .. 1 white, indexed by the low `bits_stored` bits.
+        Shape (2**bits_stored,), 0 black .. 1 white, indexed by the low `bits_stored` bits.
 
     Raises:
         Rejected: PIX_LUT_INVALID.
@@ -48,7 +48,7 @@ def grey_table(
     if _inverted(dataset):
         grey_V = 1.0 - grey_V
     grey_V[_padding(dataset, stored_V)] = 0.0
-    return np.clip(grey_V, 0.0, 1.0).astype(np.float32)
+    return np.clip(grey_V, 0.0, 1.0)
 
 
 def frame_header(dataset: Dataset, frame: int) -> Dataset:

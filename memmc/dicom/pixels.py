@@ -22,12 +22,12 @@ from memmc.dicom.decode import Geometry, bit_patterns, decode_frame
 from memmc.dicom.grey import frame_header, grey_table
 from memmc.dicom.read import Instance
 from memmc.dicom.reasons import Rejected
-from memmc.dicom.resample import STRIPE_ROWS, resample
+from memmc.dicom.resample import STRIPE_ROWS, WHITE, Levels, resample
 
-_LUMA = np.array((0.299, 0.587, 0.114), dtype=np.float32)  # ITU-R BT.601, the Y of PS3.3 C.7.6.3.1.2
+_LUMA = np.array((299, 587, 114))  # thousandths; ITU-R BT.601, the Y of PS3.3 C.7.6.3.1.2
 
-GreyRows = Callable[[int, int], NDArray[np.float32]]
-"""Gives the rows from top to bottom - 1, at most `STRIPE_ROWS`, as display grey 0..1; valid until the next call."""
+GreyRows = Callable[[int, int], Levels]
+"""Gives the rows from top to bottom - 1, at most `STRIPE_ROWS`, as display grey; valid until the next call."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def prepare(
         rows = _grey(instance, geometry, data, frame)
         if inspect is not None:
             inspect(_bytes(rows, geometry))
-        grey_SS = resample(rows, geometry.rows, geometry.columns, data)
-        pixels_SS = np.rint(grey_SS.clip(0.0, 1.0) * top).astype("<u2" if data.bits == 16 else "u1")
+        levels_SS = resample(rows, geometry.rows, geometry.columns, data)
+        pixels_SS = np.rint(levels_SS * top / WHITE).astype("<u2" if data.bits == 16 else "u1")
         constant = constant and bool(pixels_SS.min() == pixels_SS.max())
         images.append(pixels_SS.tobytes())
     if constant:
@@ -92,7 +92,7 @@ def grey_image(instance: Instance, geometry: Geometry, data: DataConfig, frame: 
     grey_HW = np.empty((geometry.rows, geometry.columns), dtype=np.float32)
     for top in range(0, geometry.rows, STRIPE_ROWS):
         bottom = min(top + STRIPE_ROWS, geometry.rows)
-        grey_HW[top:bottom] = rows(top, bottom)
+        grey_HW[top:bottom] = rows(top, bottom) / WHITE
     return grey_HW
 
 
@@ -101,7 +101,7 @@ def _bytes(rows: GreyRows, geometry: Geometry) -> NDArray[np.uint8]:
     bytes_HW = np.empty((geometry.rows, geometry.columns), dtype=np.uint8)
     for top in range(0, geometry.rows, STRIPE_ROWS):
         stripe = rows(top, min(top + STRIPE_ROWS, geometry.rows))
-        bytes_HW[top : top + len(stripe)] = stripe.clip(0.0, 1.0) * np.float32(255) + np.float32(0.5)
+        bytes_HW[top : top + len(stripe)] = stripe * (255 / WHITE) + 0.5
     return bytes_HW
 
 
@@ -109,8 +109,8 @@ def _grey(instance: Instance, geometry: Geometry, data: DataConfig, frame: int) 
     """Decode one frame; return what gives its rows as display grey."""
     decoded, photometric = decode_frame(instance, geometry, frame)
     if geometry.samples == 3:
-        grey_HW = _luminance(decoded, photometric, geometry.bits_stored)
-        return lambda top, bottom: grey_HW[top:bottom]
+        luminance_HW = _luminance(decoded, photometric, geometry.bits_stored)
+        return lambda top, bottom: luminance_HW[top:bottom]
     if geometry.photometric == "PALETTE COLOR":
         table_V = _palette_table(instance, geometry)
     else:
@@ -121,10 +121,10 @@ def _grey(instance: Instance, geometry: Geometry, data: DataConfig, frame: int) 
             instance.little_endian,
             data.window,
         )
-    return _grey_rows(decoded, table_V)
+    return _grey_rows(decoded, np.rint(table_V * WHITE))
 
 
-def _grey_rows(decoded_HW: NDArray[np.generic], table_V: NDArray[np.float32]) -> GreyRows:
+def _grey_rows(decoded_HW: NDArray[np.generic], table_V: Levels) -> GreyRows:
     """Return what maps rows of bit patterns through the table, into one array that each call fills anew.
 
     Bits above the table's size (overlays, sign) are masked off: PS3.5 8.1.1.
@@ -133,9 +133,9 @@ def _grey_rows(decoded_HW: NDArray[np.generic], table_V: NDArray[np.float32]) ->
     mask = np.intp(table_V.size - 1)
     masked = table_V.size < 1 << (bits_HW.dtype.itemsize * 8)
     shape = (STRIPE_ROWS, bits_HW.shape[1])
-    index, grey = np.empty(shape, dtype=np.intp), np.empty(shape, dtype=np.float32)
+    index, grey = np.empty(shape, dtype=np.intp), np.empty(shape)
 
-    def rows(top: int, bottom: int) -> NDArray[np.float32]:
+    def rows(top: int, bottom: int) -> Levels:
         window = index[: bottom - top]
         np.copyto(window, bits_HW[top:bottom])
         if masked:
@@ -145,29 +145,30 @@ def _grey_rows(decoded_HW: NDArray[np.generic], table_V: NDArray[np.float32]) ->
     return rows
 
 
-def _luminance(decoded_HW3: NDArray[np.generic], photometric: str, bits_stored: int) -> NDArray[np.float32]:
-    """Return the luminance of colour pixels, 0..1: Y of YBR as it is, of RGB by its weights."""
+def _luminance(decoded_HW3: NDArray[np.generic], photometric: str, bits_stored: int) -> Levels:
+    """Return the luminance of colour pixels as grey levels: Y of YBR as it is, of RGB by its weights."""
     bits_HW3 = bit_patterns(decoded_HW3)
-    top = np.float32((1 << bits_stored) - 1)
+    top = (1 << bits_stored) - 1
     if photometric.startswith("YBR_FULL"):
-        return bits_HW3[..., 0].astype(np.float32) / top
+        return np.rint(bits_HW3[..., 0] * (WHITE / top))
     if photometric != "RGB":
         raise Rejected("PIX_PHOTOMETRIC_UNSUPPORTED")
-    return (bits_HW3.astype(np.float32) @ (_LUMA / top)).astype(np.float32, copy=False)
+    thousandths_HW = sum(bits_HW3[..., channel] * np.float64(weight) for channel, weight in enumerate(_LUMA))
+    return np.rint(thousandths_HW * (WHITE / (1000 * top)))
 
 
-def _palette_table(instance: Instance, geometry: Geometry) -> NDArray[np.float32]:
-    """Return the luminance of every palette entry: PS3.3 C.7.9."""
+def _palette_table(instance: Instance, geometry: Geometry) -> NDArray[np.float64]:
+    """Return the luminance of every palette entry, 0..1: PS3.3 C.7.9."""
     indices_V = np.arange(1 << geometry.bits_stored, dtype=np.uint16 if geometry.bits_stored > 8 else np.uint8)
     try:
         colours_V3 = apply_color_lut(indices_V, instance.dataset)
     except (ValueError, TypeError, AttributeError, KeyError, IndexError):
         raise Rejected("PIX_LUT_INVALID") from None
-    top = np.float32(np.iinfo(colours_V3.dtype).max)
-    return (colours_V3[:, :3].astype(np.float32) @ (_LUMA / top)).astype(np.float32, copy=False)
+    return (colours_V3[:, :3].astype(np.int64) @ _LUMA) / (1000.0 * np.iinfo(colours_V3.dtype).max)
 
 
 def fit_mask(mask_HW: NDArray[np.bool_], data: DataConfig) -> NDArray[np.bool_]:
     """Bring a mask of the original image to the geometry of stored pixels; half covered counts as covered."""
-    grey_HW = mask_HW.astype(np.float32)
-    return resample(lambda top, bottom: grey_HW[top:bottom], grey_HW.shape[0], grey_HW.shape[1], data) >= 0.5
+    levels_HW = mask_HW.astype(np.float64)
+    levels_SS = resample(lambda top, bottom: levels_HW[top:bottom], levels_HW.shape[0], levels_HW.shape[1], data)
+    return levels_SS >= 0.5
