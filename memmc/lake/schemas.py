@@ -47,7 +47,6 @@ _TYPES: Final = {
             }
         )
     ),
-    "strs": pa.list_(pa.string()),
     "time": pa.timestamp("us", tz="UTC"),
 }
 

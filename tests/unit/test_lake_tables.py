@@ -131,6 +131,10 @@ def test_opens_as_a_plain_delta_table(tmp_path):
     state = {"calibration_id": "c", "model": "m/1", "model_digest": "d", "cohort": "a", "dataset_version": 1}
     state |= {"preprocess_id": "p", "scorer": "l1", "false_positive_rate": 0.05, "threshold": 1.5, "num_normals": 2}
     state |= {"normal_scores": [0.5, 1.5], "map_scale": 0.1, "scorer_state": b"\x00\x01", "created_at": NOW}
+    threshold = {"rate": 0.05, "threshold": 1.5, "low": 0.0, "high": 0.2, "refused": None}
+    pooled = {"stratum": "pooled", "num_normals": 2, "num_patients": 2, "normal_scores": [0.5, 1.5], "refused": None}
+    state |= {"passes": 4, "strata_columns": [], "strata": [{**pooled, "thresholds": [threshold]}]}
+    state |= {"study_p_values": None}
     lake.append(CALIBRATIONS, pa.Table.from_pylist([state]))
     assert lake.read(CALIBRATIONS).to_pylist() == [state]
     assert DeltaTable(str(tmp_path / CALIBRATIONS)).to_pyarrow_table().to_pylist() == [state]
