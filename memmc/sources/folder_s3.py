@@ -12,59 +12,26 @@ import functools
 import os
 import stat
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 from memmc.errors import StorageError, UsageError
+from memmc.sources.objects import (
+    FILE_CHANGED_DURING_READ,
+    FILE_NOT_REGULAR,
+    FILE_PATH_ESCAPE,
+    FILE_SYMLINK,
+    FILE_TOO_LARGE,
+    FILE_UNREADABLE,
+    STORE_AUTH,
+    STORE_TIMEOUT,
+    FetchFailed,
+    SourceObject,
+)
 
 READ_CHUNK_BYTES = 8 << 20
 S3_PAGE_KEYS = 1000
-
-FILE_SYMLINK = "FILE_SYMLINK"
-FILE_NOT_REGULAR = "FILE_NOT_REGULAR"
-FILE_PATH_ESCAPE = "FILE_PATH_ESCAPE"
-FILE_TOO_LARGE = "FILE_TOO_LARGE"
-FILE_UNREADABLE = "FILE_UNREADABLE"
-FILE_CHANGED_DURING_READ = "FILE_CHANGED_DURING_READ"
-STORE_AUTH = "STORE_AUTH"
-STORE_TIMEOUT = "STORE_TIMEOUT"
-
-RETRIABLE = frozenset({FILE_UNREADABLE, FILE_CHANGED_DURING_READ, STORE_AUTH, STORE_TIMEOUT})
-"""Reasons that may pass by themselves; the object stays pending for the next run."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceObject:
-    """One listed object.
-
-    Attributes:
-        path: name relative to the source, POSIX; bytes that are not UTF-8 are written as ``\\xNN``.
-        uri: exact place, ``file://`` (percent-encoded) or ``s3://``.
-        size: bytes.
-        modified: modification time (ns since 1970) of a file, entity tag of an S3 object.
-        problem: reason code why it cannot be fetched, or None.
-    """
-
-    path: str
-    uri: str
-    size: int
-    modified: str
-    problem: str | None = None
-
-
-class FetchFailed(Exception):
-    """One object could not be fetched; holds a reason code and nothing else."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-    @property
-    def retriable(self) -> bool:
-        """True when a later attempt may succeed."""
-        return self.reason in RETRIABLE
 
 
 def list_objects(source_uri: str) -> Iterator[SourceObject]:

@@ -1,0 +1,110 @@
+"""What every source gives: objects listed, objects fetched, reasons why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+FILE_SYMLINK = "FILE_SYMLINK"
+FILE_NOT_REGULAR = "FILE_NOT_REGULAR"
+FILE_PATH_ESCAPE = "FILE_PATH_ESCAPE"
+FILE_TOO_LARGE = "FILE_TOO_LARGE"
+FILE_UNREADABLE = "FILE_UNREADABLE"
+FILE_CHANGED_DURING_READ = "FILE_CHANGED_DURING_READ"
+FILE_CHECKSUM = "FILE_CHECKSUM"  # not the bytes that the archive received, by its own MD5
+FILE_ENCRYPTED = "FILE_ENCRYPTED"  # a ZIP member that asks for a password
+FILE_ARCHIVE_LIMIT = "FILE_ARCHIVE_LIMIT"  # a ZIP member that inflates beyond source.archive_ratio or archive_bytes
+FILE_ARCHIVE_DAMAGED = "FILE_ARCHIVE_DAMAGED"  # a ZIP member that overlaps another, or does not inflate to its CRC
+STORE_AUTH = "STORE_AUTH"
+STORE_TIMEOUT = "STORE_TIMEOUT"
+
+RETRIABLE = frozenset({FILE_UNREADABLE, FILE_CHANGED_DURING_READ, STORE_AUTH, STORE_TIMEOUT})
+"""Reasons that may pass by themselves; the object stays pending for the next run."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceObject:
+    """One listed object.
+
+    Attributes:
+        path: name relative to the source, POSIX; bytes that are not UTF-8 are written as ``\\xNN``. The instance's
+            identifier in an Orthanc, its three UIDs in a DICOMweb server.
+        uri: exact place: ``file://`` (percent-encoded; ``#`` and an offset for a ZIP member), ``s3://`` or a URL.
+        size: bytes; 0 where the source does not say (DICOMweb).
+        modified: what changes when the bytes do: modification time (ns since 1970) of a file, entity tag of an S3
+            object, CRC of a ZIP member, attachment of an Orthanc instance; empty where the source has nothing of
+            the kind (DICOMweb).
+        problem: reason code why it cannot be fetched, or None.
+    """
+
+    path: str
+    uri: str
+    size: int
+    modified: str
+    problem: str | None = None
+
+
+class FetchFailed(Exception):
+    """One object could not be fetched; holds a reason code and nothing else."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    @property
+    def retriable(self) -> bool:
+        """True when a later attempt may succeed."""
+        return self.reason in RETRIABLE
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source holds now, or holds beyond a cursor.
+
+    Attributes:
+        objects: in a fixed order.
+        pending: new objects of studies that are not complete yet; a later listing gives them.
+        cursor: where the next listing may begin once `objects` are accounted for; None when it lists all again.
+        whole: every object of the source is listed, not only those beyond a cursor.
+    """
+
+    objects: list[SourceObject]
+    pending: int = 0
+    cursor: str | None = None
+    whole: bool = True
+
+
+IsNew = Callable[[SourceObject], bool]
+"""Says of a listed object whether no run has accounted for it."""
+
+
+class Source(Protocol):
+    """A place that objects come from. Holds no open connection and may be pickled; never log it."""
+
+    @property
+    def uri(self) -> str:
+        """The place, without credentials; part of every object's key."""
+        ...
+
+    def list(self, cursor: str | None, is_new: IsNew) -> Listing:
+        """List the objects.
+
+        Args:
+            cursor: what the last listing whose objects were committed gave, or None.
+            is_new: spares questions about objects that are accounted for.
+
+        Raises:
+            UsageError: the source is not there, or its URI is not understood.
+            StorageError: the place does not answer, or refuses.
+            DataError: an archive that is no ZIP or holds too much.
+        """
+        ...
+
+    def fetch(self, obj: SourceObject, max_bytes: int) -> bytes:
+        """Return an object's bytes, all of them from the version that was listed.
+
+        Raises:
+            FetchFailed: with a reason code; `STORE_*` when the place itself fails.
+        """
+        ...
