@@ -114,6 +114,39 @@ class SelectConfig(Section):
     )
 
 
+class SourceConfig(Section):
+    """How archives and ZIP files are listed and read. A password may also stand in MEMMC_SOURCE_PASSWORD."""
+
+    user: str | None = Field(default=None, description="User of an Orthanc or DICOMweb server (HTTP Basic).")
+    password_file: str | None = Field(default=None, description="File whose first line is that user's password.")
+    token_file: str | None = Field(default=None, description="File whose first line is a bearer token, instead.")
+    ca_file: str | None = Field(
+        default=None, description="PEM certificates that a server's chain must end in; the system's when absent."
+    )
+    quiet_seconds: float = Field(
+        default=60.0, ge=0, description="A study is complete when nothing has arrived for so long, s; 0 takes all."
+    )
+    connect_seconds: float = Field(default=5.0, gt=0, description="Time to reach a server, s.")
+    read_seconds: float = Field(default=20.0, gt=0, description="Time a server may stay silent, s.")
+    answer_seconds: float = Field(default=300.0, gt=0, description="Time one whole answer may take, s.")
+    modalities: tuple[str, ...] = Field(
+        default=(), description="DICOMweb: only studies with one of these (0008,0061) Modalities in Study; all if empty."
+    )
+    study_dates: str | None = Field(
+        default=None,
+        pattern=r"^(\d{8}(-(\d{8})?)?|-\d{8})$",
+        description="DICOMweb: only studies of this (0008,0020) Study Date or range, YYYYMMDD-YYYYMMDD, open ends allowed.",
+    )
+    open_archives: bool = Field(
+        default=False, description="ZIP files in a folder are walked too; else each is one FILE_ARCHIVE_NESTED object."
+    )
+    archive_members: Positive = Field(default=100_000, description="Bound on the members of one ZIP file.")
+    archive_bytes: Positive = Field(default=64 << 30, description="Bound on what one ZIP file inflates to, bytes.")
+    archive_ratio: Positive = Field(
+        default=200, description="Bound on inflated over compressed size of a ZIP member of more than 16 MiB."
+    )
+
+
 class IngestConfig(Section):
     """Limits on untrusted objects and the shape of the work."""
 
@@ -146,33 +179,63 @@ class SplitConfig(Section):
 
 
 class ModelConfig(Section):
-    """MemMC-MAE. Marks: [MAE] He et al. 2022, [M2] Cornia et al. 2020, [choice] ours."""
+    """MemMC-MAE.
 
-    patch_size: Positive = Field(default=8, description="Side of a patch, px.")
+    Marks: [abstract] Tian et al. 2023, [MAE] He et al. 2022, [M2] Cornia et al. 2020, [MemAE] Gong et al. 2019,
+    [recalled] from the first one's body and not read again, [choice] ours. A plain MAE is `memory_slots = 0,
+    cross_attention = false`; one whose latent is MemAE's reading of a memory has `bottleneck_slots` besides.
+    """
+
+    patch_size: Positive = Field(default=8, description="Side of a patch, px [choice].")
     mask_ratio: Fraction = Field(default=0.75, description="Share of patches removed [MAE].")
-    encoder_dim: Positive = 192
-    encoder_depth: Positive = 6
-    encoder_heads: Positive = 3
-    decoder_dim: Positive = 128
-    decoder_depth: Positive = 4
-    decoder_heads: Positive = 4
-    mlp_ratio: float = Field(default=4.0, gt=0)
+    encoder_dim: Positive = Field(default=192, description="Width D of the encoder, a multiple of 4 [choice].")
+    encoder_depth: Positive = Field(default=6, description="Encoder blocks S [choice].")
+    encoder_heads: Positive = Field(default=3, description="Heads of the encoder; divide its width [choice].")
+    decoder_dim: Positive = Field(default=128, description="Width E of the decoder, a multiple of 4 [choice].")
+    decoder_depth: Positive = Field(default=4, description="Decoder blocks [choice].")
+    decoder_heads: Positive = Field(default=4, description="Heads of the decoder; divide its width [choice].")
+    mlp_ratio: float = Field(default=4.0, gt=0, description="Hidden width of an MLP over the block's width [MAE].")
     memory_slots: int = Field(
-        default=16, ge=0, description="Learned key/value slots per encoder layer and head; 0 = none [M2]."
+        default=16,
+        ge=0,
+        description="Learned key/value slots per encoder layer and head [abstract, M2]; 0 = none; their number is "
+        "[recalled] for `base`, [choice] elsewhere.",
     )
-    levels: Literal["all", "last"] = Field(
-        default="all", description="Encoder levels the decoder attends to; [M2] all."
+    bottleneck_slots: int = Field(
+        default=0,
+        ge=0,
+        description="The last level is replaced by what it reads from so many slots, the memory of [MemAE]; 0 = off, "
+        "as in [abstract].",
+    )
+    levels: str = Field(
+        default="all",
+        pattern=r"^(all|last|every_[1-9][0-9]{0,2})$",
+        description="Encoder levels the decoder attends to: all [abstract, M2], last, or every_K: the last, and every "
+        "K-th before it [choice].",
     )
     cross_attention: bool = Field(
-        default=True, description="Multi-level cross-attention; off gives a plain MAE decoder."
+        default=True, description="Multi-level cross-attention [abstract]; off gives the decoder of [MAE]."
+    )
+    decoder_self_attention: bool = Field(
+        default=True, description="Self-attention in the decoder's blocks [M2, MAE]; off is cheaper [choice]."
     )
     gate: Literal["channel", "head", "scalar"] = Field(
         default="channel",
-        description="Granularity of the level gates; channel is the [M2] form, head and scalar are cheaper.",
+        description="Granularity of the level gates: channel [M2]; head and scalar are cheaper [choice].",
     )
     norm_pix_loss: bool = Field(
-        default=False, description="Normalise target patches; off, since the score needs intensities."
+        default=False,
+        description="Standardise target patches [MAE]; off, since the score needs intensities [recalled].",
     )
+
+    @model_validator(mode="after")
+    def _decoder_mixes(self) -> ModelConfig:
+        if not (self.cross_attention or self.decoder_self_attention):
+            raise ValueError(
+                "model.cross_attention and model.decoder_self_attention are both off: no removed patch would see "
+                "anything; turn one on"
+            )
+        return self
 
 
 PRESETS: Mapping[Preset, Mapping[str, Mapping[str, Any]]] = {
@@ -219,6 +282,16 @@ class TrainConfig(Section):
         default=20_000, description="Optimiser steps; whichever of the two bounds comes first ends the run."
     )
     num_workers: Positive = Field(default=2, description="Data-parallel workers.")
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Go on with as few workers when nodes are lost, and with more when they come back; no fewer than "
+        "num_workers when absent.",
+    )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="Each worker holds the whole model, or a share of it (for a model too large for one)."
+    )
+    accumulate: Positive = Field(default=1, description="Batches per optimiser step.")
     use_gpu: bool | None = Field(default=None, description="One GPU per worker; found out when absent.")
     batch_size: Positive = Field(default=32, description="Images per worker and step.")
     base_lr: float = Field(default=1.5e-3, gt=0, description="Learning rate per 256 images of global batch.")
@@ -229,13 +302,22 @@ class TrainConfig(Section):
     crop_scale: Fraction = Field(default=0.8, description="Smallest area share of the random resized crop.")
     rotate_degrees: float = Field(default=5.0, ge=0, le=45, description="Bound of the random rotation, degrees.")
     cache_bytes: int = Field(
-        default=2 << 30, ge=0, description="A worker keeps its share of the images in memory up to this size, bytes."
+        default=2 << 30, ge=0, description="Each worker keeps all images in memory up to this size, bytes."
     )
     checkpoint_seconds: float = Field(default=60.0, gt=0, description="Time between checkpoints, s.")
     max_failures: int = Field(
         default=3, ge=0, description="Worker failures survived by restarting from the last checkpoint."
     )
+    hung_seconds: float = Field(
+        default=120.0, gt=0, description="A worker without a step for so long is ended and counts as failed, s."
+    )
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _elastic_range(self) -> TrainConfig:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError("train.min_workers must not be above train.num_workers")
+        return self
 
 
 class ScoreConfig(Section):
@@ -307,6 +389,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     deid: DeidConfig = DeidConfig()
     select: SelectConfig = SelectConfig()
+    source: SourceConfig = SourceConfig()
     ingest: IngestConfig = IngestConfig()
     split: SplitConfig = SplitConfig()
     model: ModelConfig = ModelConfig()
@@ -336,8 +419,8 @@ class Config(Section):
 
     @property
     def config_id(self) -> str:
-        """16 hex digits naming the whole tree but for places (lake, tracking, ray, key file)."""
-        return config_hash(self, exclude={"lake", "tracking", "ray", "deid"})
+        """16 hex digits naming the whole tree but for places (lake, source, tracking, ray, key file)."""
+        return config_hash(self, exclude={"lake", "source", "tracking", "ray", "deid"})
 
 
 def config_hash(section: Section, exclude: set[str] | None = None) -> str:
