@@ -130,12 +130,13 @@ class SourceConfig(Section):
     read_seconds: float = Field(default=20.0, gt=0, description="Time a server may stay silent, s.")
     answer_seconds: float = Field(default=300.0, gt=0, description="Time one whole answer may take, s.")
     modalities: tuple[str, ...] = Field(
-        default=(), description="DICOMweb: only studies with one of these (0008,0061) Modalities in Study; all if empty."
+        default=(),
+        description="DICOMweb: only studies with one of these Modalities in Study (0008,0061); all if empty.",
     )
     study_dates: str | None = Field(
         default=None,
         pattern=r"^(\d{8}(-(\d{8})?)?|-\d{8})$",
-        description="DICOMweb: only studies of this (0008,0020) Study Date or range, YYYYMMDD-YYYYMMDD, open ends allowed.",
+        description="DICOMweb: studies of this Study Date (0008,0020) or range, YYYYMMDD-YYYYMMDD, open ends allowed.",
     )
     open_archives: bool = Field(
         default=False, description="ZIP files in a folder are walked too; else each is one FILE_ARCHIVE_NESTED object."
