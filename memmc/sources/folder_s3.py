@@ -47,7 +47,7 @@ def list_objects(source_uri: str) -> Iterator[SourceObject]:
     """
     if source_uri.startswith("s3://"):
         return _list_s3(*_bucket_and_key(source_uri))
-    root, single = _local_root(source_uri)
+    root, single = local_root(source_uri)
     if single is None:
         return _list_folder(root, "")
     return iter([_local_object(root, single, os.lstat(os.path.join(root, single)))])  # noqa: PTH118 - bytes path
@@ -76,12 +76,19 @@ def fetch(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
 # --- local files; paths are bytes, since a file name need not be text -----------------------------------------
 
 
-def _local_root(source_uri: str) -> tuple[bytes, bytes | None]:
-    """Return the real folder, and the file's name when the source is a single file."""
+def local_root(source_uri: str) -> tuple[bytes, bytes | None]:
+    """Return the real folder, and the file's name when the source is a single file.
+
+    Raises:
+        UsageError: it is not there.
+    """
     if "://" in source_uri:
         parts = urlsplit(source_uri)
         if parts.scheme != "file" or parts.netloc not in {"", "localhost"}:
-            raise UsageError(f"source of scheme '{parts.scheme}' not understood; give a path, file:// or s3:// URI")
+            raise UsageError(
+                f"source of scheme '{parts.scheme}' not understood; give a path, or a file://, "
+                "s3://, orthanc+https:// or dicomweb+https:// URI"
+            )
         path = Path(os.fsdecode(unquote_to_bytes(parts.path)))
     else:
         path = Path(source_uri).expanduser()
@@ -141,7 +148,7 @@ def _file_uri(path: bytes) -> str:
 
 def _fetch_local(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
     try:
-        root, _ = _local_root(source_uri)
+        root, _ = local_root(source_uri)
     except UsageError:
         raise FetchFailed(FILE_UNREADABLE) from None
     path = unquote_to_bytes(obj.uri.removeprefix("file://"))
@@ -151,7 +158,7 @@ def _fetch_local(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
     if any(part in {b"", b".", b".."} or b"\0" in part for part in parts):
         raise FetchFailed(FILE_PATH_ESCAPE)
     try:
-        with _opened(root, parts) as descriptor:
+        with opened(root, parts) as descriptor:
             before = os.fstat(descriptor)
             if not stat.S_ISREG(before.st_mode):
                 raise FetchFailed(FILE_NOT_REGULAR)
@@ -169,7 +176,7 @@ def _fetch_local(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _opened(root: bytes, parts: list[bytes]) -> Generator[int]:
+def opened(root: bytes, parts: list[bytes]) -> Generator[int]:
     """Open ``root/parts`` part by part, so that no link swapped in meanwhile is followed."""
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:

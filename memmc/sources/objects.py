@@ -15,6 +15,7 @@ FILE_CHANGED_DURING_READ = "FILE_CHANGED_DURING_READ"
 FILE_CHECKSUM = "FILE_CHECKSUM"  # not the bytes that the archive received, by its own MD5
 FILE_ENCRYPTED = "FILE_ENCRYPTED"  # a ZIP member that asks for a password
 FILE_ARCHIVE_LIMIT = "FILE_ARCHIVE_LIMIT"  # a ZIP member that inflates beyond source.archive_ratio or archive_bytes
+FILE_ARCHIVE_METHOD = "FILE_ARCHIVE_METHOD"  # a ZIP member compressed otherwise than by deflate
 FILE_ARCHIVE_DAMAGED = "FILE_ARCHIVE_DAMAGED"  # a ZIP member that overlaps another, or does not inflate to its CRC
 STORE_AUTH = "STORE_AUTH"
 STORE_TIMEOUT = "STORE_TIMEOUT"
@@ -87,7 +88,7 @@ class Source(Protocol):
         """The place, without credentials; part of every object's key."""
         ...
 
-    def list(self, cursor: str | None, is_new: IsNew) -> Listing:
+    def listing(self, cursor: str | None, is_new: IsNew) -> Listing:
         """List the objects.
 
         Args:

@@ -1,0 +1,252 @@
+"""HTTP to an archive: bounded in time and size, tried again where that may help, silent in logs.
+
+URLs of an archive name patients' objects, so nothing here logs or raises one. No proxy, netrc or redirect is followed:
+credentials and images go to the place that the source names, or nowhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import logging
+import os
+import ssl
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from memmc.config import SourceConfig
+from memmc.errors import ConfigError, StorageError, UsageError
+from memmc.sources.objects import (
+    FILE_CHANGED_DURING_READ,
+    FILE_TOO_LARGE,
+    FILE_UNREADABLE,
+    STORE_AUTH,
+    STORE_TIMEOUT,
+    FetchFailed,
+)
+
+PASSWORD_VARIABLE = "MEMMC_SOURCE_PASSWORD"
+RETRY_DELAYS_S = (0.5, 2.0)
+MAX_JSON_BYTES = 64 << 20
+REQUESTS_AT_ONCE = 8
+_BUSY = frozenset({408, 425, 429, 502, 503, 504})
+
+
+@dataclass(frozen=True)
+class Access:
+    """How to reach a server. Holds credentials and therefore shows nothing of them.
+
+    Attributes:
+        authorization: value of the Authorization header.
+        ca_pem: certificates that the server's chain must end in; the system's when None.
+        connect_seconds: time to connect, s.
+        read_seconds: time between two packets, s.
+        answer_seconds: time for one body, s.
+    """
+
+    authorization: str | None = field(default=None, repr=False)
+    ca_pem: str | None = field(default=None, repr=False)
+    connect_seconds: float = 5.0
+    read_seconds: float = 20.0
+    answer_seconds: float = 300.0
+
+    @classmethod
+    def of(cls, settings: SourceConfig, environment: Mapping[str, str]) -> Access:
+        """Read the files that the settings name, here, so that workers need none of them.
+
+        Raises:
+            ConfigError: a file cannot be read, or a user has no password.
+        """
+        return cls(
+            authorization=_authorization(settings, environment),
+            ca_pem=_text(settings.ca_file, "ca_file") if settings.ca_file else None,
+            connect_seconds=settings.connect_seconds,
+            read_seconds=settings.read_seconds,
+            answer_seconds=settings.answer_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A body, and what kind it is."""
+
+    body: bytes = field(repr=False)
+    content_type: str
+
+
+class _PassingError(Exception):
+    """May succeed when tried again; holds the reason for when it does not."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def server_url(uri: str) -> tuple[str, str]:
+    """Return the source's URI in one spelling, and the server's URL.
+
+    Args:
+        uri: ``orthanc+http(s)://host[:port][/path]`` or ``dicomweb+...``.
+
+    Raises:
+        UsageError: not of that form. The text does not repeat the URI.
+    """
+    kind, _, rest = uri.partition("+")
+    try:
+        parts = urlsplit(rest)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port, parts = None, None, urlsplit("")
+    if parts.username is not None or parts.password is not None or "@" in parts.netloc:
+        raise UsageError(
+            "the source URI holds a user or password; set source.user, and source.password_file or " + PASSWORD_VARIABLE
+        )
+    if parts.scheme not in {"http", "https"} or not host or parts.query or parts.fragment:
+        raise UsageError(f"the source URI is not understood; expected {kind}+https://host:port/path")
+    name = f"[{host}]" if ":" in host else host
+    url = f"{parts.scheme}://{name}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
+    return f"{kind}+{url}", url
+
+
+def get(
+    access: Access, url: str, *, max_bytes: int, accept: str = "*/*", params: Mapping[str, str | int] | None = None
+) -> Answer:
+    """Return the body of an answer, whole.
+
+    Args:
+        max_bytes: a longer body is given up.
+
+    Raises:
+        FetchFailed: STORE_AUTH (401, 403, redirects), STORE_TIMEOUT (unreachable, silent, busy or cut off, several
+            times), FILE_CHANGED_DURING_READ (404, 410), FILE_TOO_LARGE, FILE_UNREADABLE (any other refusal).
+    """
+    reason = STORE_TIMEOUT
+    for delay in (0.0, *RETRY_DELAYS_S):
+        time.sleep(delay)
+        try:
+            return _get_once(access, url, max_bytes, accept, params or {})
+        except _PassingError as error:
+            reason = error.reason
+    raise FetchFailed(reason)
+
+
+def ask(
+    access: Access, url: str, params: Mapping[str, str | int] | None = None, accept: str = "application/json"
+) -> Any:
+    """Return an answer's JSON value, or None where there is nothing (204, 404).
+
+    Raises:
+        StorageError: the server refuses, does not answer, or answers no JSON.
+    """
+    try:
+        body = ask_bytes(access, url, params, accept)
+        return json.loads(body) if body else None
+    except (ValueError, RecursionError):
+        raise StorageError("the source answers no JSON; check that its URI names the server's root") from None
+
+
+def ask_bytes(
+    access: Access, url: str, params: Mapping[str, str | int] | None = None, accept: str = "*/*"
+) -> bytes | None:
+    """Return an answer's body, or None where there is nothing.
+
+    Raises:
+        StorageError: the server refuses or does not answer.
+    """
+    try:
+        return get(access, url, max_bytes=MAX_JSON_BYTES, accept=accept, params=params).body
+    except FetchFailed as failure:
+        if failure.reason == FILE_CHANGED_DURING_READ:
+            return None
+        raise StorageError(_LISTING[failure.reason]) from None
+
+
+_LISTING = {
+    STORE_AUTH: "the source refuses access (STORE_AUTH); check source.user and its password or token",
+    STORE_TIMEOUT: "the source does not answer (STORE_TIMEOUT); check its address, the network and source.ca_file",
+    FILE_TOO_LARGE: "the source answers more than a listing can be; check that its URI names the right server",
+    FILE_UNREADABLE: "the source cannot be listed; check that its URI names the right server, and the server's log",
+}
+
+
+def _get_once(access: Access, url: str, max_bytes: int, accept: str, params: Mapping[str, str | int]) -> Answer:
+    deadline = time.monotonic() + access.answer_seconds
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        with _client(os.getpid(), access).stream("GET", url, params=dict(params), headers={"Accept": accept}) as answer:
+            if answer.status_code == 204:
+                return Answer(b"", "")
+            _check_status(answer.status_code)
+            for chunk in answer.iter_bytes():
+                size += len(chunk)
+                if size > max_bytes:
+                    raise FetchFailed(FILE_TOO_LARGE)
+                if time.monotonic() > deadline:
+                    raise _PassingError(STORE_TIMEOUT)
+                chunks.append(chunk)
+            return Answer(b"".join(chunks), answer.headers.get("content-type", ""))
+    except (httpx.HTTPError, httpx.InvalidURL, OSError):
+        raise _PassingError(STORE_TIMEOUT) from None
+
+
+def _check_status(status: int) -> None:
+    if status == 200:
+        return
+    if status in _BUSY:
+        raise _PassingError(STORE_TIMEOUT)
+    if status >= 500:
+        raise _PassingError(FILE_UNREADABLE)
+    if status in {404, 410}:
+        raise FetchFailed(FILE_CHANGED_DURING_READ)
+    raise FetchFailed(STORE_AUTH if status in {401, 403, 407} or 300 <= status < 400 else FILE_UNREADABLE)
+
+
+@functools.lru_cache(maxsize=4)
+def _client(_pid: int, access: Access) -> httpx.Client:
+    """Return this process's connections; they close with it."""
+    for name in ("httpx", "httpcore"):  # they log every URL
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return httpx.Client(
+        headers={"Authorization": access.authorization} if access.authorization else {},
+        verify=ssl.create_default_context(cadata=access.ca_pem),
+        timeout=httpx.Timeout(access.read_seconds, connect=access.connect_seconds),
+        # Orthanc closes idle connections after one second; one that it is about to close must not be taken.
+        limits=httpx.Limits(max_connections=REQUESTS_AT_ONCE, keepalive_expiry=0.5),
+        follow_redirects=False,
+        trust_env=False,
+    )
+
+
+def _authorization(settings: SourceConfig, environment: Mapping[str, str]) -> str | None:
+    if settings.token_file is not None:
+        return f"Bearer {_first_line(settings.token_file, 'token_file')}"
+    if settings.user is None:
+        return None
+    password = environment.get(PASSWORD_VARIABLE)
+    if settings.password_file is not None:
+        password = _first_line(settings.password_file, "password_file")
+    if password is None:
+        raise ConfigError(f"source.user has no password; set source.password_file or {PASSWORD_VARIABLE}")
+    return "Basic " + base64.b64encode(f"{settings.user}:{password}".encode()).decode()
+
+
+def _first_line(file: str, name: str) -> str:
+    lines = _text(file, name).splitlines()
+    if not lines or not lines[0].strip():
+        raise ConfigError(f"source.{name} names an empty file; its first line is the secret")
+    return lines[0].strip()
+
+
+def _text(file: str, name: str) -> str:
+    try:
+        return Path(file).read_text()
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"source.{name} names a file that cannot be read as text") from None
