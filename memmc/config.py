@@ -43,6 +43,13 @@ class LakeConfig(Section):
     """Where the tables live."""
 
     uri: str = Field(default="lake", description="Root of all tables: a local path, file:// or s3:// URI.")
+    vacuum_hours: int = Field(
+        default=24,
+        ge=6,
+        le=24 * 3650,
+        description="Files that no version of this time refers to, and older than it, may be deleted, h; the minimum "
+        "leaves room for clocks that differ.",
+    )
 
 
 class DataConfig(Section):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memmc import __version__
+from memmc.cli import lake as lake_verbs
 from memmc.cli import selection, summaries
 from memmc.cli.options import (
     CohortOption,
@@ -277,6 +278,7 @@ def report(
 
 
 app.command(name="select")(selection.select)
+app.add_typer(lake_verbs.app, name="lake")
 
 
 def _version(asked: bool) -> None:

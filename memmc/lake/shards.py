@@ -104,9 +104,22 @@ def iter_shard(
             yield table
             return
     data = storage.read(path)
-    named = _NAME.match(PurePosixPath(path).name)
-    if named and hashlib.sha256(data).hexdigest() != named["sha256"]:
+    digest = named_digest(path)
+    if digest and hashlib.sha256(data).hexdigest() != digest:
         raise IntegrityError(f"shard {path}: SHA-256 differs from its name; {_REMEDY}")
+    yield from parse_shard(path, data, columns, optional)
+
+
+def named_digest(path: str) -> str | None:
+    """Return the SHA-256 that a shard's name carries, hex; None for a file that another tool wrote."""
+    named = _NAME.match(PurePosixPath(path).name)
+    return named["sha256"] if named else None
+
+
+def parse_shard(
+    path: str, data: bytes, columns: Sequence[str] | None = None, optional: pa.Schema | None = None
+) -> Iterator[pa.Table]:
+    """Yield the rows of a shard's bytes, page checksums verified; arguments and errors are those of `read_shard`."""
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         wanted, present = _columns_of(file, path, columns, optional)

@@ -13,6 +13,7 @@ import os
 import uuid
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pyarrow import fs
 
 _TEMPORARY = ".tmp-"
+_UNFINISHED = (f"{_TEMPORARY}*", "_commit_*.json.tmp")  # ours, and those of the deltalake package
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,40 @@ class Storage:
             with _local_errors("write"):
                 _fsync(path)
                 _fsync(path.parent)
+
+    def unfinished(self, before: float) -> list[str]:
+        """Return local files that a killed writer left aside, last written before a time (s since 1970), by name."""
+        root = self.local_path()
+        if root is None:
+            return []
+        with _local_errors("read"):
+            aside = [path for pattern in _UNFINISHED for path in root.rglob(pattern)]
+            return sorted(path.relative_to(root).as_posix() for path in aside if path.stat().st_mtime < before)
+
+    def uploads(self, before: datetime) -> list[tuple[str, str]]:
+        """Return key and id of S3 multipart uploads under this prefix that were begun before a time and not ended."""
+        if not self.is_s3:
+            return []
+        where = self._key("_")
+        found: list[tuple[str, str]] = []
+        more: dict[str, str] = {}
+        while True:
+            page = s3.call(
+                lambda client, more=more: client.list_multipart_uploads(
+                    Bucket=where["Bucket"], Prefix=where["Key"].removesuffix("_"), **more
+                )
+            )
+            begun = [item for item in page.get("Uploads", ()) if item["Initiated"] < before]
+            found += [(item["Key"], item["UploadId"]) for item in begun]
+            if not page.get("IsTruncated"):
+                return found
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def abort_upload(self, key: str, upload: str) -> None:
+        """End an unfinished S3 multipart upload; its parts are freed."""
+        bucket = self._key("_")["Bucket"]
+        with contextlib.suppress(s3.AbsentError):  # its writer, or another sweep, has ended it
+            s3.call(lambda client: client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload))
 
     def delta_options(self) -> dict[str, str]:
         """Return `storage_options` for the deltalake package; empty for local paths."""

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from memmc.errors import DataError, IdentityKeyError, StorageError
+from memmc.lake import log
 from memmc.lake.evolution import columns_to_add
 from memmc.lake.files import DataFile, Filter, Value, read_file, select_rows, values, write_rows
-from memmc.lake.s3 import AbsentError
 from memmc.lake.schemas import INSTANCES, LABELS, PARTITION_BY, SCHEMAS, schema_of
 from memmc.lake.shards import BULK_COLUMNS, ShardFile
 from memmc.lake.storage import Storage
@@ -77,9 +77,10 @@ class Lake:
         run_id: str,
         metadata: Mapping[str, Any] | None = None,
         step: int = 1,
-        turn: tuple[str, int] | None = None,
+        turns: Mapping[str, int] | None = None,
+        remove: Iterable[DataFile] = (),
     ) -> int:
-        """Make shards part of a table, all or none, once per run and step.
+        """Make shards part of a table, and others no longer, all or none, once per run and step.
 
         A run and step that the table holds already adds nothing, so a step
         that died after its commit may be run again.
@@ -90,21 +91,24 @@ class Lake:
             run_id: the run; with `step` it names the commit.
             metadata: JSON values kept in the commit.
             step: 1, 2, ... for a run of several commits; a run's steps commit in order.
-            turn: name and number, as `turn` returned it: the commit fails when another of that name came first.
+            turns: name -> number, as `turn` returned it: the commit fails when another of such a name came first.
+            remove: committed shards that the new ones replace.
 
         Returns:
             The version that holds the commit.
 
         Raises:
-            LostTurnError: another commit of the turn's name came first.
-            StorageError: the place cannot be written, or other writers won every attempt.
+            LostTurnError: another commit of a turn's name came first.
+            DataError: the table's schema cannot become the one that this code writes (`columns_to_add`).
+            StorageError: the place cannot be written, a shard is gone, or other writers won every attempt.
         """
-        from deltalake import CommitProperties, Transaction
+        from deltalake import CommitProperties, PostCommitHookProperties, Transaction
         from deltalake.exceptions import CommitFailedError, DeltaError
 
-        schema, by = schema_of(table), list(PARTITION_BY.get(table, ()))
-        actions = [_add_action(table, file) for file in files]
-        transactions = [Transaction(run_id, step)] + ([Transaction(turn[0], turn[1] + 1)] if turn else [])
+        schema, by, added = schema_of(table), list(PARTITION_BY.get(table, ())), list(files)
+        actions = [_add_action(table, file) for file in added] + [_remove_action(table, file) for file in remove]
+        taken = dict(turns or {})
+        transactions = [Transaction(run_id, step), *(Transaction(name, taken[name] + 1) for name in taken)]
         self.probe()
         commit_id = uuid.uuid4().hex
         properties = CommitProperties(
@@ -121,19 +125,28 @@ class Lake:
                 delta = self._open_or_make(table)
                 if (delta.transaction_version(run_id) or 0) >= step:
                     newest = delta.version()
-                    found = self._find_commit(table, range(newest, -1, -1), {"run": run_id, "step": str(step)})
+                    marks = {"run": run_id, "step": str(step)}
+                    found = log.find_commit(self.storage, table, range(newest, -1, -1), marks)
                     return newest if found is None else found
-                if turn and (delta.transaction_version(turn[0]) or 0) != turn[1]:
+                if any((delta.transaction_version(name) or 0) != number for name, number in taken.items()):
                     raise LostTurnError(f"table '{table}': another run committed first; run again")
+                if attempt == 0:
+                    self._check_present(added)
                 delta.create_write_transaction(
-                    actions, mode="append", schema=schema, partition_by=by, commit_properties=properties
+                    actions,
+                    mode="append",
+                    schema=schema,
+                    partition_by=by,
+                    commit_properties=properties,
+                    # By default entries of the log older than a month go, and with them the versions models name.
+                    post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
                 )
                 # Others may have committed meanwhile, so ours is somewhere after the version that we started from.
                 later = range(delta.version() + 1, self._open(table).version() + 1)
-                version = self._find_commit(table, later, {"commit": commit_id})
+                version = log.find_commit(self.storage, table, later, {"commit": commit_id})
                 if version is None:
                     raise StorageError(f"table '{table}': the commit cannot be found after it was made; run again")
-                self.storage.persist(_log_name(table, version))
+                self.storage.persist(log.entry_name(table, version))
                 return version
             except CommitFailedError:
                 time.sleep(random.uniform(0, 0.05) * 2 ** min(attempt, 5))
@@ -226,25 +239,8 @@ class Lake:
         return pa.concat_tables([empty, *parts]).select(wanted)
 
     def history(self, table: str, limit: int | None = None) -> list[dict[str, Any]]:
-        """Return the commits, newest first: version, timestamp (ms since 1970), run, step, metadata."""
-        entries: list[dict[str, Any]] = []
-        version = self.version(table)
-        while version >= 0 and (limit is None or len(entries) < limit):
-            entry = self._log_entry(table, version)
-            if entry is None:
-                break
-            entries.append(
-                {
-                    "version": version,
-                    "timestamp": entry.get("timestamp"),
-                    "operation": entry.get("operation"),
-                    "run": entry.get("run"),
-                    "step": int(entry.get("step", 0)),
-                    "metadata": json.loads(entry.get("metadata") or "{}"),
-                }
-            )
-            version -= 1
-        return entries
+        """Return the commits, newest first, as `memmc.lake.log.commits` describes them."""
+        return log.commits(self.storage, table, self.version(table), limit)
 
     def instances_with_labels(
         self,
@@ -306,6 +302,26 @@ class Lake:
         order = [(name, "ascending") for name in ("labelled_at", "source", "label")]
         return {(row["cohort"], row["sop_instance_uid"]): row["label"] for row in rows.sort_by(order).to_pylist()}
 
+    def vacuum_table(self, table: str, hours: int, *, dry_run: bool) -> list[str]:
+        """Delete shards that no version of the last hours holds and that are older; `memmc.lake.vacuum` knows when.
+
+        Returns:
+            Their names, relative to the table.
+        """
+        from deltalake.exceptions import DeltaError
+
+        try:
+            return self._open(table).vacuum(hours, dry_run=dry_run, enforce_retention_duration=False, full=True)
+        except (DeltaError, OSError) as error:
+            raise _storage_error(error) from None
+
+    def _check_present(self, files: Sequence[ShardFile]) -> None:
+        """Refuse to publish what is not there: a vacuum may have met a run that slept longer than its lease."""
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            absent = sum(not there for there in pool.map(lambda file: self.storage.exists(file.path), files))
+        if absent:
+            raise StorageError(f"{absent} of {len(files)} shards to be committed are gone; run again: nothing was")
+
     def _open(self, table: str, version: int | None = None) -> DeltaTable:
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError, TableNotFoundError
@@ -313,13 +329,14 @@ class Lake:
         schema_of(table)
         try:
             return DeltaTable(self.storage.join(table), version=version, storage_options=self.storage.delta_options())
-        except TableNotFoundError:
-            raise DataError(f"the lake has no table '{table}' yet; ingest, calibrate or score first") from None
         except (DeltaError, OSError) as error:
             if version is not None and self.exists(table):
                 raise DataError(
-                    f"table '{table}' has no version {version}; its newest is {self.version(table)}"
+                    f"table '{table}' has no version {version}; its newest is {self.version(table)}, "
+                    "and the log may no longer hold its oldest"
                 ) from None
+            if isinstance(error, TableNotFoundError):
+                raise DataError(f"the lake has no table '{table}' yet; ingest, calibrate or score first") from None
             raise _storage_error(error) from None
 
     def _open_or_make(self, table: str) -> DeltaTable:
@@ -346,35 +363,10 @@ class Lake:
                 raise _storage_error(error) from None
         return self._open(table)
 
-    def _find_commit(self, table: str, versions: Iterable[int], marks: Mapping[str, str]) -> int | None:
-        """Return the first of the versions whose commit carries the marks."""
-        for version in versions:
-            entry = self._log_entry(table, version) or {}
-            if all(entry.get(name) == value for name, value in marks.items()):
-                return version
-        return None
-
-    def _log_entry(self, table: str, version: int) -> dict[str, Any] | None:
-        """Return a commit's own information, or None when the log no longer holds it.
-
-        `DeltaTable.history` numbers commits from its snapshot's version but may
-        list later ones, which gives them too low a version; so the log is read.
-        """
-        try:
-            lines = self.storage.read(_log_name(table, version)).splitlines()
-        except AbsentError:
-            return None
-        infos = (json.loads(line).get("commitInfo") for line in lines if b'"commitInfo"' in line)
-        return next((info for info in infos if info), {})
-
 
 @functools.cache
 def _probe_once(storage: Storage) -> None:
     storage.probe_conditional_put()
-
-
-def _log_name(table: str, version: int) -> str:
-    return f"{table}/_delta_log/{version:020d}.json"
 
 
 def _may_hold(action: Mapping[str, Any], partition: Mapping[str, str], name: str, allowed: list[Value]) -> bool:
@@ -396,6 +388,18 @@ def _add_action(table: str, file: ShardFile) -> Any:
         modification_time=time.time_ns() // 1_000_000,
         data_change=True,
         stats=file.stats,
+    )
+
+
+def _remove_action(table: str, file: DataFile) -> Any:
+    from deltalake.transaction import RemoveAction
+
+    return RemoveAction(
+        path=file.path.removeprefix(f"{table}/"),
+        data_change=True,
+        deletion_timestamp=time.time_ns() // 1_000_000,
+        partition_values=dict(file.partition),
+        size=file.size,
     )
 
 

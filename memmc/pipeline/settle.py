@@ -56,7 +56,7 @@ def publish(
                 [shard.file for shard in shards],
                 run_id=job.run,
                 metadata=metadata,
-                turn=(turn_name(job.cohort), turn),
+                turns={turn_name(job.cohort): turn},
             )
         except LostTurnError:
             continue

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 VERBS = {"doctor", "demo", "ingest", "train", "calibrate", "score", "scores", "evaluate", "report", "select"}
+VERBS |= {"lake"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

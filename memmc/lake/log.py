@@ -1,0 +1,71 @@
+"""The Delta log, read entry by entry: who committed what.
+
+`DeltaTable.history` numbers commits from its snapshot's version but may list later ones, which gives them too low a
+version; so the entries themselves are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from memmc.lake.s3 import AbsentError
+from memmc.lake.storage import Storage
+
+
+def entry_name(table: str, version: int) -> str:
+    """Return the name of a commit's entry, relative to the lake's root."""
+    return f"{table}/_delta_log/{version:020d}.json"
+
+
+def commits(storage: Storage, table: str, newest: int, limit: int | None = None) -> list[dict[str, Any]]:
+    """Return commits from `newest` backwards, until the first that the log no longer holds.
+
+    Returns:
+        For each: version, timestamp (ms since 1970), operation, run, step, metadata, and the numbers of shards and
+        rows that it added and of shards that it removed.
+    """
+    found: list[dict[str, Any]] = []
+    for version in range(newest, -1, -1):
+        actions = _actions(storage, table, version) if limit is None or len(found) < limit else None
+        if actions is None:
+            break
+        info = _first(actions, "commitInfo")
+        adds = [action["add"] for action in actions if "add" in action]
+        found.append(
+            {
+                "version": version,
+                "timestamp": info.get("timestamp"),
+                "operation": info.get("operation"),
+                "run": info.get("run"),
+                "step": int(info.get("step", 0)),
+                "metadata": json.loads(info.get("metadata") or "{}"),
+                "shards_added": len(adds),
+                "rows_added": sum(json.loads(add.get("stats") or "{}").get("numRecords", 0) for add in adds),
+                "shards_removed": sum("remove" in action for action in actions),
+            }
+        )
+    return found
+
+
+def find_commit(storage: Storage, table: str, versions: Iterable[int], marks: Mapping[str, str]) -> int | None:
+    """Return the first of the versions whose commit carries the marks."""
+    for version in versions:
+        info = _first(_actions(storage, table, version) or [], "commitInfo")
+        if all(info.get(name) == value for name, value in marks.items()):
+            return version
+    return None
+
+
+def _actions(storage: Storage, table: str, version: int) -> list[dict[str, Any]] | None:
+    """Return the actions of one commit, or None when the log no longer holds it."""
+    try:
+        lines = storage.read(entry_name(table, version)).splitlines()
+    except AbsentError:
+        return None
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _first(actions: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    return next((action[kind] for action in actions if kind in action), {})
