@@ -21,6 +21,8 @@ def ingest(result: IngestResult) -> str:
         f"{result.quarantined} quarantined (table version {result.version}, {result.seconds:.0f} s)"
     ]
     lines += [f"  {count:6d}  {reason}" for reason, count in sorted(result.reasons.items(), key=lambda item: -item[1])]
+    if result.pending:
+        lines.append(f"  {result.pending:6d}  left for a later run: something still arrives in their study")
     return "\n".join(lines)
 
 
@@ -36,18 +38,29 @@ def train(result: TrainResult) -> str:
 
 
 def calibrate(result: CalibrationResult) -> str:
-    """The threshold and what it stands on."""
-    return (
+    """The threshold and what it stands on; then the other rates, and the strata with normals of their own."""
+    lines = [
         f"calibrated on {result.num_normals} normal images of {result.num_patients} patients: {result.scorer} above "
         f"{result.threshold:.4g} is abnormal at a false-positive rate of {result.false_positive_rate:.1%}"
-    )
+    ]
+    lines += [
+        f"  {item['rate']:6.1%}  above {item['threshold']:.4g}  (true rate {item['low']:.1%} - {item['high']:.1%})"
+        for item in result.thresholds
+        if item["refused"] is None
+    ]
+    lines += [
+        f"  {stratum['stratum']}: {stratum['refused'] or 'its own ' + str(stratum['num_normals']) + ' normal images'}"
+        for stratum in result.strata
+    ]
+    return "\n".join(lines)
 
 
 def score(result: ScoreResult) -> str:
     """Counts and rate."""
+    without = f", {result.not_scored} without a score (`memmc scores` says why)" if result.not_scored else ""
     return (
         f"{result.instances} instances: {result.scored} scored, {result.already_scored} already scored "
-        f"by {result.model}; {result.abnormal} abnormal ({result.images_per_second:.0f} images/s)"
+        f"by {result.model}{without}; {result.abnormal} abnormal ({result.images_per_second:.0f} images/s)"
     )
 
 

@@ -28,7 +28,7 @@ from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.splits import split_of
 from memmc.lake.storage import Storage
 from memmc.pipeline.labels import StatedLabels
-from memmc.sources.folder_s3 import FetchFailed, SourceObject, fetch
+from memmc.sources.objects import FetchFailed, Source, SourceObject
 
 # What the driver needs of every row to settle duplicates and to balance the account.
 ACCOUNT = ("object_key", "outcome", "split", "reason", "sop_instance_uid", "content_key", "frame_number")
@@ -36,7 +36,7 @@ ACCOUNT = ("object_key", "outcome", "split", "reason", "sop_instance_uid", "cont
 
 @dataclass(frozen=True)
 class IngestJob:
-    """What all tasks of one ingest share. Holds the identity key: never log it.
+    """What all tasks of one ingest share. Holds the identity key and the source's credentials: never log it.
 
     Attributes:
         turn: `Lake.turn` when the run was planned.
@@ -44,7 +44,7 @@ class IngestJob:
 
     run: str
     cohort: str
-    source: str
+    source: Source
     storage: Storage
     policy: ConvertPolicy
     split: SplitConfig
@@ -94,7 +94,7 @@ def rows_of(job: IngestJob, objects: list[SourceObject]) -> Iterator[dict[str, A
     sandbox = sandbox_for(job.policy)
     for item in objects:
         try:
-            data = fetch(job.source, item, job.policy.ingest.max_file_bytes)
+            data = job.source.fetch(item, job.policy.ingest.max_file_bytes)
         except FetchFailed as failure:
             if failure.reason.startswith("STORE_"):
                 raise StorageError(
@@ -102,6 +102,9 @@ def rows_of(job: IngestJob, objects: list[SourceObject]) -> Iterator[dict[str, A
                     "then run ingest again: nothing was committed"
                 ) from None
             data, converted = None, rejected(failure.reason)
+            if failure.retriable and not item.problem and not item.modified:
+                # The source tells no versions, so that this row must not stand for what it may give later.
+                item = replace(item, modified=job.run)
         else:
             converted = sandbox.convert(data)
         row = _row(job, item, data, converted)
@@ -115,13 +118,13 @@ def _row(job: IngestJob, item: SourceObject, data: bytes | None, converted: Conv
     return {
         **attributes,
         "cohort": job.cohort,
-        "object_key": object_key(job.policy.key, job.source, item.path, item.size, item.modified),
+        "object_key": object_key(job.policy.key, job.source.uri, item.path, item.size, item.modified),
         "source_ref": seal_path(job.policy.key, item.path),
         "outcome": converted.outcome,
         "split": split_of(str(patient_key), job.split) if stored else "none",
         "reason": converted.reason,
         "content_key": "" if data is None else content_key(job.policy.key, data),
-        "size_bytes": item.size,
+        "size_bytes": item.size if data is None else len(data),
         "label": job.labels.of(item.path, attributes.get("sop_instance_uid")),
         "preprocess_id": job.preprocess_id if stored else None,
         "pixels": converted.pixels if stored else None,

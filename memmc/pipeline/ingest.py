@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from memmc.config import Config
 from memmc.dicom.convert import ConvertPolicy
 from memmc.dicom.deidentify import key_id, object_key
-from memmc.errors import UsageError
+from memmc.errors import StorageError, UsageError
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease
 from memmc.pipeline.cluster import ray_cluster, tasks_at_once
@@ -29,12 +30,14 @@ from memmc.pipeline.convert_chunk import (
     shards_from_json,
     shards_to_json,
 )
+from memmc.pipeline.cursor import cursor_entry, last_cursor
 from memmc.pipeline.identity import home_directory, identity_key
 from memmc.pipeline.labels import read_labels
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import IngestResult, PlanResult
 from memmc.pipeline.settle import publish, seen_objects, stands_for_object, turn_name
-from memmc.sources.folder_s3 import SourceObject, list_objects
+from memmc.sources.objects import FILE_CHECKSUM, FILE_UNREADABLE, SourceObject
+from memmc.sources.open import FileSource, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ ALREADY_INGESTED = "already_ingested"
 _COHORT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _SHARD_BYTES = 32 << 20
 _LEAST_OBJECTS_PER_TASK = 16
+_LEAST_FAILURES, _MOST_FAILING = 3, 0.25  # a source that fails on more than this itself has failed
 
 
 def ingest(
@@ -60,13 +64,14 @@ def ingest(
     its work again.
 
     Args:
-        source: folder or s3:// prefix of DICOM objects.
+        source: folder, ZIP file, s3:// prefix, Orthanc or DICOMweb server; see `memmc.sources.open.open_source`.
         cohort: name the rows are filed under.
         label: label of every object, or None for unknown.
         labels_file: CSV of labels by path or SOPInstanceUID.
 
     Raises:
-        UsageError: bad cohort name or label table.
+        UsageError: bad cohort name, source or label table.
+        StorageError: the source fails.
         IdentityKeyError: the lake was made with another identity key.
         AccountingError: the account does not balance; nothing was committed.
     """
@@ -74,7 +79,8 @@ def ingest(
     progress = progress or Silent()
     check_cohort(cohort)
     home = home_directory()
-    job, known, new = plan(config, source, cohort, label, labels_file, progress)
+    planned = plan(config, source, cohort, label, labels_file, progress)
+    job, known, new = planned.job, planned.known, planned.new
     reasons: Counter[str] = Counter()
     if known:
         reasons[ALREADY_INGESTED] = known
@@ -83,9 +89,12 @@ def ingest(
     if new:
         progress.stage("ingest", len(new))
         metadata = {"cohort": cohort, "preprocess_id": job.preprocess_id, "config_id": config.config_id}
+        metadata |= planned.cursor
         with lease(lake, job.run):
             with ray_cluster(config, home, training=False) as ray:
                 shards = list(_convert(ray, config, job, new, progress))
+            if not isinstance(job.source, FileSource):
+                check_source(shards, len(new))
             version, shards, dropped = publish(lake, job, shards, len(new), metadata)
         rows = [row for shard in shards for row in shard.account if stands_for_object(job, row)]
         outcomes.update([row["outcome"] for row in rows] + ["duplicate"] * dropped)
@@ -103,6 +112,7 @@ def ingest(
         version=version,
         cohort=cohort,
         run=job.run,
+        pending=planned.pending,
         seconds=round(time.monotonic() - began, 2),
     )
 
@@ -118,11 +128,11 @@ def preview(
 ) -> PlanResult:
     """Say what `ingest` would do; read the listing only and change nothing in the table."""
     check_cohort(cohort)
-    job, known, new = plan(config, source, cohort, label, labels_file, progress or Silent())
-    labelled = sum(job.labels.of(item.path, None) != "unknown" for item in new)
-    return PlanResult(
-        {"objects listed": known + len(new), "already ingested": known, "new": len(new), "labelled": labelled}
-    )
+    planned = plan(config, source, cohort, label, labels_file, progress or Silent())
+    known, new = planned.known, len(planned.new)
+    labelled = sum(planned.job.labels.of(item.path, None) != "unknown" for item in planned.new)
+    counts = {"objects listed": known + new, "already ingested": known, "new": new, "labelled": labelled}
+    return PlanResult({**counts, "pending": planned.pending} if planned.pending else counts)
 
 
 def check_cohort(cohort: str) -> None:
@@ -135,31 +145,51 @@ def check_cohort(cohort: str) -> None:
         raise UsageError("cohort names are 1-64 of a-z, 0-9, '.', '_', '-' and begin with a letter or digit")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What an ingest has to do.
+
+    Attributes:
+        job: what all tasks share.
+        known: number of listed objects that are accounted for.
+        new: the others, in listing order.
+        pending: number of new objects whose study is not complete; a later run takes them.
+        cursor: for the metadata of the commit.
+    """
+
+    job: IngestJob
+    known: int
+    new: list[SourceObject]
+    pending: int = 0
+    cursor: dict[str, Any] = field(default_factory=dict)
+
+
 def plan(
     config: Config, source: str, cohort: str, label: str | None, labels_file: str | None, progress: Progress
-) -> tuple[IngestJob, int, list[SourceObject]]:
-    """List the source and subtract what the table has seen.
-
-    Returns:
-        The job all tasks share, the number of objects already accounted for, and the new objects in listing order.
-    """
+) -> Plan:
+    """List the source and subtract what the table has seen."""
     key = identity_key(config, home_directory(), progress)
-    source = source if "://" in source else str(Path(source).absolute())
+    place = open_source(source, config.source, os.environ)
     lake = Lake(config.lake.uri)
     lake.check_key_id(key_id(key))
     labels = read_labels(label, labels_file, key)
     progress.stage("list")
-    listed = list(list_objects(source))
-    labels.check_against(item.path for item in listed)
     lake.probe()
     turn = lake.turn("instances", turn_name(cohort))
     seen = seen_objects(lake, cohort)
-    new = [item for item in listed if object_key(key, source, item.path, item.size, item.modified) not in seen]
+
+    def is_new(item: SourceObject) -> bool:
+        return object_key(key, place.uri, item.path, item.size, item.modified) not in seen
+
+    listing = place.listing(last_cursor(lake, key, place.uri, cohort), is_new)
+    if listing.whole:
+        labels.check_against(item.path for item in listing.objects)
+    new = [item for item in listing.objects if is_new(item)]
     started = datetime.now(UTC)
     job = IngestJob(
         run=f"ingest-{cohort}-{started:%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}",
         cohort=cohort,
-        source=source,
+        source=place,
         storage=lake.storage,
         policy=ConvertPolicy.from_config(config, key),
         split=config.split,
@@ -168,8 +198,25 @@ def plan(
         started=started,
         turn=turn,
     )
-    progress.message(f"{len(listed)} objects listed, {len(new)} new")
-    return job, len(listed) - len(new), new
+    waiting = f", {listing.pending} of incomplete studies left for later" if listing.pending else ""
+    progress.message(f"{len(listing.objects)} objects listed, {len(new)} new{waiting}")
+    cursor = cursor_entry(key, place.uri, cohort, listing.cursor)
+    return Plan(job, len(listing.objects) - len(new), new, listing.pending, cursor)
+
+
+def check_source(shards: list[WrittenShard], listed: int) -> None:
+    """Refuse to account for objects of a server that failed as a whole, such as an archive whose disk is not mounted.
+
+    Raises:
+        StorageError: with the counts; nothing was committed.
+    """
+    reasons = [row["reason"] for shard in shards for row in shard.account]
+    failed = sum(reason in {FILE_UNREADABLE, FILE_CHECKSUM} for reason in reasons)
+    if failed >= _LEAST_FAILURES and failed > _MOST_FAILING * listed:
+        raise StorageError(
+            f"{failed} of {listed} objects cannot be read from the source, more than single objects would explain: "
+            "check its disks and its log, then run ingest again; nothing was committed"
+        )
 
 
 def _convert(

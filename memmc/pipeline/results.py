@@ -19,7 +19,8 @@ class IngestResult(Result):
     """Account of one ingest: seen = stored + duplicate + excluded + quarantined.
 
     Objects that an earlier run has accounted for count as `duplicate` with the
-    reason `already_ingested`; they get no second row.
+    reason `already_ingested`; they get no second row. `pending` objects are not
+    among those seen: something still arrives in their study, a later run takes them.
     """
 
     seen: int
@@ -32,6 +33,7 @@ class IngestResult(Result):
     cohort: str = ""
     run: str = ""
     seconds: float = 0.0
+    pending: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,12 @@ class TrainResult(Result):
 
 @dataclass(frozen=True)
 class CalibrationResult(Result):
-    """A threshold from held-out normals."""
+    """Thresholds from held-out normals.
+
+    Attributes:
+        thresholds: per false-positive rate: rate, threshold, low and high of the true rate, or why it was refused.
+        strata: the same per stratum, and why the pooled normals judge it where its own do not.
+    """
 
     calibration_id: str
     model: str
@@ -64,11 +71,17 @@ class CalibrationResult(Result):
     threshold: float
     num_normals: int
     num_patients: int
+    thresholds: list[dict[str, Any]] = field(default_factory=list)
+    strata: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ScoreResult(Result):
-    """Account of one bulk scoring: instances = scored + already_scored."""
+    """Account of one bulk scoring.
+
+    `scored` counts what this run committed; of what was missing at its start, runs beside it may have scored a part.
+    `not_scored` counts the instances whose row says why they have no score.
+    """
 
     model: str
     calibration_id: str
@@ -80,6 +93,7 @@ class ScoreResult(Result):
     version: int
     seconds: float
     images_per_second: float
+    not_scored: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,6 +137,19 @@ class ExportResult(Result):
     path: str
     rows: int
     columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PackageResult(Result):
+    """An exported model; differences are shares of the score scale, by file."""
+
+    folder: str
+    model: str
+    model_digest: str
+    calibration_id: str
+    files: list[str]
+    scans: int
+    score_difference: dict[str, float]
 
 
 @dataclass(frozen=True)

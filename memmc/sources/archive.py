@@ -101,7 +101,7 @@ def list_members(path: bytes, settings: SourceConfig, prefix: str = "") -> Itera
         names[info.filename] += 1
         modified = f"{info.CRC:08x}" + (f" {number}" if number else "")
         uri = f"file://{quote(path)}#{info.header_offset}"
-        yield SourceObject(prefix + _text(info.filename), uri, info.file_size, modified, problem)
+        yield SourceObject(prefix + (_text(info.filename) or "?"), uri, info.file_size, modified, problem)
 
 
 def fetch_member(obj: SourceObject, max_bytes: int, max_members: int) -> bytes:

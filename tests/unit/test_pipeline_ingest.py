@@ -24,7 +24,8 @@ from memmc.pipeline.convert_chunk import (
 from memmc.pipeline.labels import StatedLabels
 from memmc.pipeline.settle import check_balance, publish, settle
 from memmc.pipeline.train import pooled_statistics
-from memmc.sources.folder_s3 import SourceObject
+from memmc.sources.objects import SourceObject
+from memmc.sources.open import open_source
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def job(tmp_path):
     return IngestJob(
         run="r",
         cohort="c",
-        source=str(tmp_path),
+        source=open_source(str(tmp_path), config.source, {}),
         storage=Storage.open(str(tmp_path / "lake")),
         policy=ConvertPolicy.from_config(config, b"k" * 32),
         split=config.split,
