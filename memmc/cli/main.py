@@ -16,7 +16,7 @@ import typer
 
 from memmc import __version__
 from memmc.cli import lake as lake_verbs
-from memmc.cli import selection, summaries
+from memmc.cli import packaging, privacy, selection, summaries
 from memmc.cli.options import (
     CohortOption,
     ConfigOption,
@@ -24,8 +24,10 @@ from memmc.cli.options import (
     FlowOption,
     JsonOption,
     LakeOption,
+    LimitOption,
     ModelOption,
     SetOption,
+    SinceOption,
     call,
     prepare_flows,
 )
@@ -128,6 +130,12 @@ def ingest(
 def train(
     cohort: CohortOption,
     preset: Annotated[str | None, typer.Option("--preset", help="tiny, small or base; train.preset.")] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="RUN", help="Unfinished run to go on with; new begins another.")
+    ] = None,
+    warm_start: Annotated[
+        str | None, typer.Option("--warm-start", metavar="M", help="Model whose weights to start from.")
+    ] = None,
     lake: LakeOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -136,7 +144,8 @@ def train(
     dry_run: DryRunOption = False,
 ) -> None:
     """Learn a cohort's normal scans, calibrate on held-out ones, register the model."""
-    chosen = [*([f"train.preset={preset}"] if preset else []), *(settings or [])]
+    named = {"preset": preset, "resume": resume, "warm_start": warm_start}
+    chosen = [*(f"train.{name}={value}" for name, value in named.items() if value), *(settings or [])]
     with call(lake, config, chosen, as_json=as_json, flow=flow) as run:
         if dry_run:
             from memmc.pipeline.train import preview
@@ -185,24 +194,28 @@ def score(
     as_json: JsonOption = False,
     flow: FlowOption = False,
     dry_run: DryRunOption = False,
+    since: SinceOption = None,
+    limit: LimitOption = None,
 ) -> None:
     """Score every stored instance of a cohort that this model and calibration have not scored yet."""
     with call(lake, config, settings, as_json=as_json, flow=flow) as run:
         if dry_run:
             from memmc.pipeline.score import preview
 
-            plan = preview(run.config, cohort, model)
+            plan = preview(run.config, cohort, model, since=since, limit=limit)
             run.finish(plan, lambda: summaries.plan(plan))
             return
         if run.as_flow:
             prepare_flows(run)
             from flows import score as flows_score
 
-            result = flows_score.run(run.config, cohort, model, home=run.home, progress=run.terminal)
+            result = flows_score.run(
+                run.config, cohort, model, home=run.home, progress=run.terminal, since=since, limit=limit
+            )
         else:
             from memmc.pipeline.score import score as step
 
-            result = step(run.config, cohort, model, progress=run.terminal)
+            result = step(run.config, cohort, model, since=since, limit=limit, progress=run.terminal)
         run.finish(result, lambda: summaries.score(result))
 
 
@@ -278,7 +291,9 @@ def report(
 
 
 app.command(name="select")(selection.select)
+app.command(name="scan-phi")(privacy.scan_phi)
 app.add_typer(lake_verbs.app, name="lake")
+app.command(name="export")(packaging.export)
 
 
 def _version(asked: bool) -> None:

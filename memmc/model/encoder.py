@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from memmc.config import ModelConfig
 from memmc.model.attention import EncoderBlock
+from memmc.model.bottleneck import MemoryBottleneck
 from memmc.model.patches import sincos_positions
 
 
@@ -20,7 +21,7 @@ class Encoder(nn.Module):
     convolution with stride p, without computing it for removed patches), the
     position is added, a class token is put first.
 
-    Source: [MAE] embedding, class token, positions; [abstract, M2] the blocks.
+    Source: [MAE] embedding, class token, positions; [abstract, M2] the blocks; [MemAE] the bottleneck, off by default.
     """
 
     positions: Tensor
@@ -35,18 +36,23 @@ class Encoder(nn.Module):
             EncoderBlock(dim, config.encoder_heads, config.mlp_ratio, config.memory_slots)
             for _ in range(config.encoder_depth)
         )
+        self.bottleneck: MemoryBottleneck | None = None
+        if config.bottleneck_slots:
+            self.bottleneck = MemoryBottleneck(dim, config.bottleneck_slots)
 
     def embed(self, patches_BKP: Tensor, ids_keep_BK: Tensor) -> Tensor:
         """Return tokens_BND, class token first."""
         tokens_BKD = self.embedding(patches_BKP) + self.positions[ids_keep_BK]
-        class_B1D = self.class_token.to(tokens_BKD.dtype).expand(len(tokens_BKD), 1, -1)
+        class_B1D = self.class_token.to(tokens_BKD.dtype).expand(tokens_BKD.shape[0], 1, -1)
         return torch.cat([class_B1D, tokens_BKD], dim=1)
 
     def forward(self, patches_BKP: Tensor, ids_keep_BK: Tensor) -> list[Tensor]:
-        """Return X_1 .. X_S, the outputs of all blocks, each of shape (B, K + 1, D)."""
+        """Return X_1 .. X_S, the outputs of all blocks, each of shape (B, K + 1, D); X_S behind the bottleneck."""
         tokens_BND = self.embed(patches_BKP, ids_keep_BK)
         levels: list[Tensor] = []
         for block in self.blocks:
             tokens_BND = block(tokens_BND)
             levels.append(tokens_BND)
+        if self.bottleneck is not None:
+            levels[-1] = self.bottleneck(levels[-1])
         return levels

@@ -28,19 +28,24 @@ def read_images(lake: Lake, cohort: str, sop_instance_uids: Iterable[str], versi
         DataError: an instance has no stored pixels in this cohort and version.
         IntegrityError: a shard's bytes are not those that were written.
     """
+    pixels_NHWC = read_pixels(lake, cohort, sop_instance_uids, version)
+    return pixels_NHWC.astype(np.float32) / np.float32(np.iinfo(pixels_NHWC.dtype).max)
+
+
+def read_pixels(
+    lake: Lake, cohort: str, sop_instance_uids: Iterable[str], version: int | None = None
+) -> npt.NDArray[Any]:
+    """Return pixels_NHWC as stored, uint8 or uint16; order and errors as `read_images`."""
     order = list(sop_instance_uids)
     wanted = set(order)
-    found: dict[str, Images] = {}
+    found: dict[str, npt.NDArray[Any]] = {}
     columns = ["sop_instance_uid", *PIXEL_COLUMNS]
     where: dict[str, Any] = {"cohort": cohort}
     for file in lake.files("instances", version, {"outcome": "stored", "cohort": cohort}):
         for rows in read_rows(lake.storage, "instances", file, columns, where):
             chosen = rows.filter(pc.field("sop_instance_uid").isin(sorted(wanted)))
-            if not chosen.num_rows:
-                continue
-            scale = np.float32(2 ** chosen["bits"][0].as_py() - 1)
-            images = pixels_to_array(chosen).astype(np.float32) / scale
-            found.update(zip(chosen["sop_instance_uid"].to_pylist(), images, strict=True))
+            if chosen.num_rows:
+                found.update(zip(chosen["sop_instance_uid"].to_pylist(), pixels_to_array(chosen), strict=True))
     if wanted - found.keys():
         raise DataError(f"{len(wanted - found.keys())} of {len(wanted)} instances have no pixels in cohort '{cohort}'")
     return np.stack([found[uid] for uid in order])

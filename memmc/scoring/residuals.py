@@ -54,34 +54,49 @@ def split_bands(images_BCHW: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 def residual_features(images_BCHW: Tensor, reconstruction: Reconstruction, grid: int) -> Floats:
-    """Return (B, F) float32 features of images in [0, 1] and their reconstruction in the same unit.
+    """Return `residual_vectors` as an array."""
+    return residual_vectors(images_BCHW, reconstruction.mean_BCHW, grid).cpu().numpy().astype(np.float32)
+
+
+def residual_vectors(images_BCHW: Tensor, expected_BCHW: Tensor, grid: int) -> Tensor:
+    """Return (B, F) features of images in [0, 1] and their reconstruction in the same unit.
 
     The signed mean residual in every cell of a 2 grid x 2 grid raster; and per cell of a grid x grid raster and per
     band the log energy of the residual relative to the image's own there: the share of the detail that could not be
     predicted from elsewhere. F = (4 + NUM_BANDS) grid^2 C.
     """
-    residual_BCHW = images_BCHW - reconstruction.mean_BCHW
+    residual_BCHW = images_BCHW - expected_BCHW
     parts = [_cells(residual_BCHW, 2 * grid)]
     for residual, image in zip(split_bands(residual_BCHW)[0], split_bands(images_BCHW)[0], strict=True):
         parts.append(_log_energy(residual, grid) - _log_energy(image, grid))
-    return torch.cat(parts, dim=1).cpu().numpy().astype(np.float32)
+    return torch.cat(parts, dim=1)
 
 
 def residual_maps(images_BCHW: Tensor, reconstruction: Reconstruction) -> NDArray[np.float16]:
-    """Return (B, M, h, w): signed and absolute residual smoothed at each width, longer side at most `MAP_SIDE` px."""
-    residual_BCHW = (images_BCHW - reconstruction.mean_BCHW).mean(1, keepdim=True)
+    """Return `smoothed_residuals`, shrunk, as an array."""
+    return shrink_maps(smoothed_residuals(images_BCHW, reconstruction.mean_BCHW))
+
+
+def smoothed_residuals(images_BCHW: Tensor, expected_BCHW: Tensor) -> Tensor:
+    """Return (B, M, H, W): signed and absolute residual smoothed at each width."""
+    residual_BCHW = (images_BCHW - expected_BCHW).mean(1, keepdim=True)
     side = min(images_BCHW.shape[-2:])
     maps = [gaussian_blur(x, share * side) for share in MAP_SIGMA_SHARES for x in (residual_BCHW, residual_BCHW.abs())]
-    return shrink_maps(torch.cat(maps, dim=1))
+    return torch.cat(maps, dim=1)
 
 
 def shrink_maps(maps_BMHW: Tensor) -> NDArray[np.float16]:
+    """Return `shrunk` maps as an array."""
+    return shrunk(maps_BMHW).cpu().numpy()
+
+
+def shrunk(maps_BMHW: Tensor) -> Tensor:
     """Return the maps area-averaged to a longer side of at most `MAP_SIDE` px, as float16."""
     longer = max(maps_BMHW.shape[-2:])
     if longer > MAP_SIDE:
         size = [max(1, round(n * MAP_SIDE / longer)) for n in maps_BMHW.shape[-2:]]
         maps_BMHW = F.interpolate(maps_BMHW, size=size, mode="area")
-    return maps_BMHW.cpu().numpy().astype(np.float16)
+    return maps_BMHW.half()
 
 
 @dataclass(frozen=True)

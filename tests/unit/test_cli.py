@@ -10,8 +10,20 @@ from pathlib import Path
 
 import pytest
 
-VERBS = {"doctor", "demo", "ingest", "train", "calibrate", "score", "scores", "evaluate", "report", "select"}
-VERBS |= {"lake"}
+VERBS = {
+    "doctor",
+    "demo",
+    "ingest",
+    "train",
+    "calibrate",
+    "score",
+    "scores",
+    "evaluate",
+    "report",
+    "select",
+    "export",
+}
+VERBS |= {"lake", "scan-phi"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -26,7 +38,7 @@ def test_help_lists_the_verbs_that_exist(tmp_path):
     done = memmc("--help", cwd=tmp_path)
     assert done.returncode == 0
     commands = done.stdout.split("Commands:")[1]
-    assert set(re.findall(r"^  (\w+) ", commands, re.MULTILINE)) == VERBS
+    assert set(re.findall(r"^  ([\w-]+) ", commands, re.MULTILINE)) == VERBS
 
 
 def test_the_first_line_comes_without_heavy_imports(tmp_path):
