@@ -1,4 +1,4 @@
-"""What may change in a table's schema: optional columns are added, and nothing else.
+"""What may change in a table's schema: optional columns are added, required ones become optional, nothing else.
 
 Shards are read by column name. So code of yesterday reads a table of today, whose further columns it does not
 ask for, and code of today reads a table of yesterday, whose shards give nulls for the columns they lack.
@@ -14,7 +14,7 @@ from memmc.errors import DataError
 from memmc.lake.schemas import PARTITION_BY, schema_of
 
 if TYPE_CHECKING:
-    from deltalake import DeltaTable, Field
+    from deltalake import DeltaTable
 
 
 def optional_columns(table: str) -> pa.Schema:
@@ -22,45 +22,53 @@ def optional_columns(table: str) -> pa.Schema:
     return pa.schema([field for field in schema_of(table) if field.nullable])
 
 
-def columns_to_add(table: str, delta: DeltaTable) -> list[Field]:
-    """Return the optional columns that this code knows and the committed table does not have yet.
+def evolve(table: str, delta: DeltaTable) -> bool:
+    """Give a committed table the columns that this code writes; what it has besides stays.
 
     Args:
         table: name.
         delta: the table as it was committed, perhaps by code of another version.
 
+    Returns:
+        Whether anything was to be done; the table then has versions more, without rows, and is to be opened again.
+
     Raises:
-        DataError: a column was renamed, removed, retyped, made optional or required, or added as required, or
-            the partition columns changed; nothing may be written.
+        DataError: a column was renamed, removed, retyped or added as required, or the partition columns changed;
+            nothing may be written.
+        DeltaError: another writer was first; open the table again.
     """
     from deltalake import Schema
 
-    known = {field.name: field for field in Schema.from_arrow(schema_of(table)).fields}
-    found = {field.name: field for field in delta.schema().fields}
-    new = [field for name, field in known.items() if name not in found]
-    foreign = [field for name, field in found.items() if name not in known]
-    changed = [name for name in known.keys() & found.keys() if _form(known[name]) != _form(found[name])]
-    if changed:
-        name = min(changed)
-        raise _refusal(table, f"column '{name}' is {_form(found[name])} there and {_form(known[name])} here")
+    new, loosened = _difference(table, pa.schema(delta.schema()), list(delta.metadata().partition_columns))
+    if new:
+        delta.alter.add_columns(Schema.from_arrow(pa.schema(new)).fields)
+    for name in loosened:
+        delta.alter.drop_column_not_null(name)
+    return bool(new or loosened)
+
+
+def _difference(table: str, found: pa.Schema, partition_by: list[str]) -> tuple[list[pa.Field], list[str]]:
+    """Return the columns to add to those found, and the names of those that become optional."""
+    known = schema_of(table)
+    new = [field for field in known if field.name not in found.names]
+    foreign = [field for field in found if field.name not in known.names]
+    shared = [(field, found.field(field.name)) for field in known if field.name in found.names]
+    for here, there in shared:
+        if here.type != there.type:
+            raise _refusal(table, f"column '{here.name}' is of type {there.type} there and {here.type} here")
     required = sorted(field.name for field in [*new, *foreign] if not field.nullable)
     if required:
         raise _refusal(table, f"required columns {required} are on one side alone")
     if new and foreign:
         names = [sorted(field.name for field in fields) for fields in (foreign, new)]
         raise _refusal(table, f"{names[0]} are there alone and {names[1]} here alone, as after a renaming")
-    if list(delta.metadata().partition_columns) != list(PARTITION_BY.get(table, ())):
+    if partition_by != list(PARTITION_BY.get(table, ())):
         raise _refusal(table, "it is partitioned by other columns")
-    return new
-
-
-def _form(field: Field) -> str:
-    kind = str(getattr(field.type, "type", field.type))
-    return f"{'optional' if field.nullable else 'required'} {kind}"
+    return new, [here.name for here, there in shared if here.nullable and not there.nullable]
 
 
 def _refusal(table: str, found: str) -> DataError:
     return DataError(
-        f"table '{table}' does not fit this version of memmc: {found}; only optional columns may be added: "
-        "use the version that wrote the lake, or ingest into a new lake"
+        f"table '{table}' does not fit this version of memmc: {found}; only optional columns may be added, and required "
+        "ones become optional: use the version that wrote the lake, or ingest into a new lake"
     )

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from memmc.errors import DataError, IdentityKeyError, StorageError
 from memmc.lake import log
-from memmc.lake.evolution import columns_to_add
+from memmc.lake.evolution import evolve
 from memmc.lake.files import DataFile, Filter, Value, read_file, select_rows, values, write_rows
 from memmc.lake.schemas import INSTANCES, LABELS, PARTITION_BY, SCHEMAS, schema_of
 from memmc.lake.shards import BULK_COLUMNS, ShardFile
@@ -99,7 +99,7 @@ class Lake:
 
         Raises:
             LostTurnError: another commit of a turn's name came first.
-            DataError: the table's schema cannot become the one that this code writes (`columns_to_add`).
+            DataError: the table's schema cannot become the one that this code writes (`evolve`).
             StorageError: the place cannot be written, a shard is gone, or other writers won every attempt.
         """
         from deltalake import CommitProperties, PostCommitHookProperties, Transaction
@@ -346,11 +346,7 @@ class Lake:
 
         if self.exists(table):
             delta = self._open(table)
-            new = columns_to_add(table, delta)
-            if not new:
-                return delta
-            delta.alter.add_columns(new)
-            return self._open(table)
+            return self._open(table) if evolve(table, delta) else delta
         try:
             DeltaTable.create(
                 self.storage.join(table),
