@@ -179,12 +179,14 @@ class _Bounded(io.BufferedIOBase):
 
     def __init__(self, file: IO[bytes], limit: int) -> None:
         self._file, self._limit = file, limit
+        self._size = os.fstat(file.fileno()).st_size
 
     def read(self, size: int | None = -1, /) -> bytes:
-        data = self._file.read(self._limit + 1 if size is None or size < 0 else min(size, self._limit + 1))
-        if len(data) > self._limit:
+        left = max(0, self._size - self._file.tell())
+        wanted = left if size is None or size < 0 else min(size, left)
+        if wanted > self._limit:
             raise zipfile.BadZipFile
-        return data
+        return self._file.read(wanted)
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
         return self._file.seek(offset, whence)

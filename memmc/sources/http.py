@@ -128,12 +128,13 @@ def get(
             times), FILE_CHANGED_DURING_READ (404, 410), FILE_TOO_LARGE, FILE_UNREADABLE (any other refusal).
     """
     reason = STORE_TIMEOUT
-    for delay in (0.0, *RETRY_DELAYS_S):
-        time.sleep(delay)
+    for delay in (*RETRY_DELAYS_S, None):
         try:
             return _get_once(access, url, max_bytes, accept, params or {})
         except _PassingError as error:
             reason = error.reason
+        if delay:
+            time.sleep(delay)
     raise FetchFailed(reason)
 
 
