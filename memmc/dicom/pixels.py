@@ -59,21 +59,17 @@ def prepare(
         inspect: called with each frame at its own size, 0 black .. 255 white, shape (H, W); may raise `Rejected`.
 
     Raises:
-        Rejected: a PIX_* or QC_* code. Decoders raise what they like besides.
+        Rejected: a PIX_* code, or what `inspect` raises. Decoders raise what they like besides.
     """
     top = (1 << data.bits) - 1
     images: list[bytes] = []
-    constant = True
     for frame in frames:
         rows = _grey(instance, geometry, data, frame)
         if inspect is not None:
             inspect(_bytes(rows, geometry))
         levels_SS = resample(rows, geometry.rows, geometry.columns, data)
         pixels_SS = np.rint(levels_SS * top / WHITE).astype("<u2" if data.bits == 16 else "u1")
-        constant = constant and bool(pixels_SS.min() == pixels_SS.max())
         images.append(pixels_SS.tobytes())
-    if constant:
-        raise Rejected("QC_CONSTANT")
     return Prepared(b"".join(images), len(images), data.image_size, data.image_size, 1, data.bits)
 
 

@@ -62,7 +62,6 @@ REASONS: Mapping[str, str] = {
     "PIX_PHOTOMETRIC_UNSUPPORTED": "unknown photometric interpretation, or one that contradicts the samples",
     "PIX_LUT_INVALID": "a lookup table or rescale that maps to nothing",
     "PIX_FLOAT_UNSUPPORTED": "float pixel data",
-    "QC_CONSTANT": "every pixel of the prepared image has one value",
 }
 """Code to meaning; the only codes an object can get in this package."""
 

@@ -313,7 +313,6 @@ REJECTED: dict[str, tuple[str, dict[str, object]]] = {
     "pixels short": ("PIX_LENGTH", {"PixelData": b"\0" * 8190}),
     "pixels long": ("PIX_LENGTH", {"PixelData": b"\0" * 8194}),
     "slope zero": ("PIX_LUT_INVALID", {"RescaleSlope": "0", "RescaleIntercept": "0"}),
-    "constant": ("QC_CONSTANT", {"PixelData": b"\1\1" * 4096}),
 }
 
 
@@ -323,6 +322,12 @@ def test_rejected(case: str) -> None:
     result = convert(encoded(dataset(**attributes)), policy())
     assert (result.outcome, result.reason, result.pixels) == ("quarantined", reason, None)
     assert result.attributes["patient_key"] is not None
+
+
+def test_a_constant_image_is_stored_for_the_gate_to_flag() -> None:
+    result = convert(encoded(dataset(PixelData=b"\1\1" * 4096)), policy())
+    assert (result.outcome, result.reason) == ("stored", None)
+    assert np.ptp(stored_image(result, 64)) == 0
 
 
 def test_size_limits_come_from_the_configuration() -> None:
