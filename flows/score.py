@@ -35,9 +35,12 @@ def run(
     progress: Progress,
     evaluate: bool = False,
     report: bool = False,
+    since: str | None = None,
+    limit: int | None = None,
 ) -> ScoreResult:
     """Run the flow in this process; as `memmc.pipeline.score.score`, with Prefect watching."""
     parameters = {"cohort": cohort, "model": model, "evaluate": evaluate, "report": report}
+    parameters |= {"since": since, "limit": limit}
     scored = call_flow(lambda: score_flow, parameters, config=config, home=home, progress=progress)
     return ScoreResult(**scored)
 
@@ -49,6 +52,8 @@ def score_flow(
     config: Overrides | None = None,
     evaluate: bool = False,
     report: bool = False,
+    since: str | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Score every stored instance of a cohort that this model and calibration have not scored yet.
 
@@ -58,8 +63,10 @@ def score_flow(
         config: settings that differ from the defaults, by section; never key material.
         evaluate: measure the model on the cohort, if it is labelled.
         report: write the HTML report.
+        since: a date, or a version of `instances`: only what was ingested from then on.
+        limit: at most so many instances.
     """
-    scored = score_instances(cohort, model, config)
+    scored = score_instances(cohort, model, config, since, limit)
     create_markdown_artifact(as_markdown("Scored instances", scored), key=artifact_key("score", cohort))
     if evaluate and (measured := evaluate_model(cohort, scored["model"], config)):
         create_markdown_artifact(as_markdown("Evaluation", measured), key=artifact_key("evaluate", cohort))
@@ -70,13 +77,15 @@ def score_flow(
 
 
 @task(name="score-instances", **_ON_STORAGE)
-def score_instances(cohort: str, model: str | None, config: Overrides | None) -> dict[str, Any]:
+def score_instances(
+    cohort: str, model: str | None, config: Overrides | None, since: str | None = None, limit: int | None = None
+) -> dict[str, Any]:
     """Score and commit; a second try scores only what is still missing."""
 
     def step(resolved: Config, progress: Progress) -> Result:
         from memmc.pipeline.score import score
 
-        return score(resolved, cohort, model, progress=progress)
+        return score(resolved, cohort, model, since=since, limit=limit, progress=progress)
 
     return run_step(f"score-{cohort}", config, step)
 

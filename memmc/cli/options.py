@@ -34,6 +34,13 @@ ModelOption = Annotated[
         "--model", metavar="MODEL", help="name, name/version, name@alias or a model folder; else the champion."
     ),
 ]
+SinceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--since", metavar="DATE|VERSION", help="Only what was ingested from that day on, or after that table version."
+    ),
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="At most so many instances.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 

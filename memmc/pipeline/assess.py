@@ -56,11 +56,12 @@ def assess(
     calibration = newest_calibration(lake, model)
     instances = unmet(lake, model, cohort)
     model.require({one_preparation_id(instances)} if instances else set())
-    uids = [row["sop_instance_uid"] for row in instances]
-    if set(uids) - score_rows(lake, cohort, model, calibration["calibration_id"]).keys():
+    known = score_rows(lake, cohort, model, calibration["calibration_id"], without_score=True)
+    if {row["sop_instance_uid"] for row in instances} - known.keys():
         score(config, cohort, model.ref, progress=progress)
     scores = score_rows(lake, cohort, model, calibration["calibration_id"])
-    rows = [{**row, **scores[row["sop_instance_uid"]], "label": row["label"]} for row in instances]
+    rows = [{**row, **scores[row["sop_instance_uid"]]} for row in instances if row["sop_instance_uid"] in scores]
+    uids = [row["sop_instance_uid"] for row in rows]
     labels = np.array([row["label"] == "abnormal" for row in rows])
     values = np.array([row["anomaly_score"] for row in rows])
     flagged = np.array([row["is_abnormal"] for row in rows])

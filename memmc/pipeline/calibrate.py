@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
+
+import pyarrow as pa
 
 from memmc.config import Config
 from memmc.errors import GateRefused
@@ -15,9 +18,12 @@ from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
 from memmc.pipeline.progress import Progress, Silent
+from memmc.pipeline.quality import flags_of
 from memmc.pipeline.results import CalibrationResult
 from memmc.pipeline.select import normals, one_preparation
-from memmc.scoring.bulk import SCORE_COLUMNS, ScoringJob, features_of, join_features, model_files
+from memmc.scoring.bulk import Keys, ScoringJob, features_of, join_features, model_files, score_columns
+from memmc.scoring.calibration import threshold_at
+from memmc.scoring.strata import Stratum, fit_strata
 
 # The fits that judge hold-out scores lack 1/20 of the normals, so they are hardly stricter than the final one.
 _FOLDS = 20
@@ -48,13 +54,13 @@ def calibrate_model(
     config: Config, ray: Any, lake: Lake, model: OpenModel, cohort: str, progress: Progress
 ) -> CalibrationResult:
     """Calibrate an opened model on a connected cluster; see `calibrate`."""
-    import pyarrow as pa
-
-    from memmc.scoring.calibration import threshold_at
     from memmc.scoring.scorer import fit_and_calibrate, make_scorer
 
     version = model.dataset_version if cohort == model.cohort else lake.version("instances")
-    rows = normals(lake, cohort, "calibrate", version)
+    flagged = flags_of(lake, cohort)
+    rows = [row for row in normals(lake, cohort, "calibrate", version) if row["sop_instance_uid"] not in flagged]
+    if not rows:
+        raise GateRefused(f"every held-out normal image of cohort '{cohort}' is flagged by the quality gate")
     model.require({str(one_preparation(rows)["preprocess_id"])})
     if len(rows) < config.calibrate.min_normals:
         raise GateRefused(
@@ -62,54 +68,85 @@ def calibrate_model(
             "(calibrate.min_normals); ingest more normals or raise split.calibrate"
         )
     progress.stage("calibrate", len(rows))
-    files = lake.files("instances", version, {"outcome": "stored", "split": "calibrate", "cohort": cohort})
-    dataset = stream(
-        lake.storage, files, SCORE_COLUMNS, parallelism=len(files), keys=[row["object_key"] for row in rows]
+    features, keys = _features(config, ray, lake, model, cohort, version, rows, progress)
+    fitted = fit_and_calibrate(make_scorer(config.score), features, keys.patients, folds=_FOLDS, seed=config.train.seed)
+    settings = config.calibrate
+    strata = fit_strata(
+        fitted.normal_scores_N,
+        keys.strata,
+        keys.patients,
+        settings.rates,
+        settings.false_positive_rate,
+        settings.min_stratum_normals,
     )
-    job = ScoringJob(model_files=model_files(model.folder), score=config.score, use_gpu=has_gpu(ray, config))
-    tables: list[Any] = []
-    for table in features_of(ray, dataset, job):
-        tables.append(table)
-        progress.advance(sum(part.num_rows for part in tables))
-    features, patients = join_features(tables)
-    fitted = fit_and_calibrate(make_scorer(config.score), features, patients, folds=_FOLDS, seed=config.train.seed)
-    threshold = threshold_at(fitted.normal_scores_N, config.calibrate.false_positive_rate)
     identifier = uuid.uuid4().hex[:16]
-    lake.append(
-        CALIBRATIONS,
-        pa.Table.from_pylist(
-            [
-                {
-                    "calibration_id": identifier,
-                    "model": model.ref,
-                    "model_digest": model.digest,
-                    "cohort": cohort,
-                    "dataset_version": version,
-                    "preprocess_id": model.preprocess_id,
-                    "scorer": config.score.scorer,
-                    "false_positive_rate": config.calibrate.false_positive_rate,
-                    "threshold": threshold,
-                    "num_normals": len(rows),
-                    "normal_scores": sorted(float(value) for value in fitted.normal_scores_N),
-                    "map_scale": fitted.map_scale,
-                    "scorer_state": fitted.scorer.state_to_bytes(),
-                    "created_at": datetime.now(UTC),
-                }
-            ],
-            schema=SCHEMAS[CALIBRATIONS],
-        ),
-        run_id=f"calibrate-{identifier}",
-    )
+    row = {
+        "calibration_id": identifier,
+        "model": model.ref,
+        "model_digest": model.digest,
+        "cohort": cohort,
+        "dataset_version": version,
+        "preprocess_id": model.preprocess_id,
+        "scorer": config.score.scorer,
+        "false_positive_rate": settings.false_positive_rate,
+        "threshold": threshold_at(fitted.normal_scores_N, settings.false_positive_rate),
+        "num_normals": len(rows),
+        "normal_scores": list(strata[0].normal_scores),
+        "map_scale": fitted.map_scale,
+        "scorer_state": fitted.scorer.state_to_bytes(),
+        "created_at": datetime.now(UTC),
+        "passes": config.score.passes,
+        "strata_columns": list(settings.strata),
+        "strata": [stratum.as_row() for stratum in strata],
+    }
+    lake.append(CALIBRATIONS, pa.Table.from_pylist([row], schema=SCHEMAS[CALIBRATIONS]), f"calibrate-{identifier}")
+    return as_result(row, len(set(keys.patients)))
+
+
+def as_result(row: dict[str, Any], num_patients: int) -> CalibrationResult:
+    """Return what `memmc calibrate` says of a row of `calibrations`."""
+    pooled, *own = [Stratum.from_row(item) for item in row["strata"]]
     return CalibrationResult(
-        calibration_id=identifier,
-        model=model.ref,
-        cohort=cohort,
-        scorer=config.score.scorer,
-        false_positive_rate=config.calibrate.false_positive_rate,
-        threshold=float(threshold),
-        num_normals=len(rows),
-        num_patients=len(set(patients)),
+        calibration_id=row["calibration_id"],
+        model=row["model"],
+        cohort=row["cohort"],
+        scorer=row["scorer"],
+        false_positive_rate=row["false_positive_rate"],
+        threshold=float(row["threshold"]),
+        num_normals=row["num_normals"],
+        num_patients=num_patients,
+        thresholds=[asdict(item) for item in pooled.thresholds],
+        strata=[_summary(item) for item in own],
     )
+
+
+def _summary(stratum: Stratum) -> dict[str, Any]:
+    """Return a stratum without its scores."""
+    return {name: value for name, value in stratum.as_row().items() if name != "normal_scores"}
+
+
+def _features(
+    config: Config,
+    ray: Any,
+    lake: Lake,
+    model: OpenModel,
+    cohort: str,
+    version: int,
+    rows: list[dict[str, Any]],
+    progress: Progress,
+) -> tuple[Any, Keys]:
+    """Return the features of held-out normals and whose they are."""
+    files = lake.files("instances", version, {"outcome": "stored", "split": "calibrate", "cohort": cohort})
+    strata = config.calibrate.strata
+    keys = [row["object_key"] for row in rows]
+    dataset = stream(lake.storage, files, score_columns(strata), parallelism=len(files), keys=keys)
+    job = ScoringJob(model_files(model.folder), config.score, use_gpu=has_gpu(ray, config), strata=strata)
+    tables: list[pa.Table] = []
+    for table in features_of(ray, dataset, job):
+        if table.num_rows:
+            tables.append(table)
+            progress.advance(sum(part.num_rows for part in tables))
+    return join_features(tables)
 
 
 def has_gpu(ray: Any, config: Config) -> bool:

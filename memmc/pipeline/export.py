@@ -23,6 +23,8 @@ COLUMNS = (
     "dataset_version",
     "preprocess_id",
     "scored_at",
+    "stratum",
+    "not_scored",
 )
 
 
@@ -33,7 +35,8 @@ def export_scores(config: Config, cohort: str, model: str | None, out: Path | No
     caller who holds the identity key of the lake; null to everybody else.
 
     Returns:
-        A `pyarrow.Table` with `COLUMNS`, ordered by descending anomaly score.
+        A `pyarrow.Table` with `COLUMNS`, ordered by descending anomaly score; last the instances without one, whose
+        `not_scored` says why.
 
     Raises:
         DataError: the cohort has no scores.
@@ -57,7 +60,7 @@ def export_scores(config: Config, cohort: str, model: str | None, out: Path | No
         key = None
     for row in rows:
         row["source_key"] = None if key is None else open_path(key, row["source_ref"])
-    rows.sort(key=lambda row: (-row["anomaly_score"], row["sop_instance_uid"]))
+    rows.sort(key=lambda row: (row["not_scored"] is not None, -(row["anomaly_score"] or 0), row["sop_instance_uid"]))
     table = pa.table(
         {name: [row[name] for row in rows] for name in COLUMNS},
         schema=pa.schema(
@@ -73,6 +76,8 @@ def export_scores(config: Config, cohort: str, model: str | None, out: Path | No
                 ("dataset_version", pa.int64()),
                 ("preprocess_id", pa.string()),
                 ("scored_at", pa.timestamp("us", tz="UTC")),
+                ("stratum", pa.string()),
+                ("not_scored", pa.string()),
             ]
         ),
     )

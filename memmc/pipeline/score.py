@@ -1,17 +1,19 @@
-"""Score: every stored instance of a cohort, once per model and calibration."""
+"""Score: every stored instance of a cohort, once per model and calibration; the others get a row that says why not."""
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+
+import pyarrow as pa
 
 from memmc.config import Config
 from memmc.errors import DataError
 from memmc.lake.schemas import SCORES
-from memmc.lake.shards import ShardFile
+from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.stream import stream
 from memmc.lake.tables import Lake
 from memmc.pipeline.calibrate import has_gpu
@@ -20,29 +22,58 @@ from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import PlanResult, ScoreResult
-from memmc.pipeline.select import newest_calibration, one_preparation, score_rows
-from memmc.scoring.bulk import SCORE_COLUMNS, ScoringJob, model_files, score_shards
+from memmc.pipeline.score_ledger import ScoreLedger
+from memmc.pipeline.score_plan import ScorePlan, Unit, plan_scores
+from memmc.pipeline.select import newest_calibration
+from memmc.scoring.bulk import ScoringJob, complete, model_files, score_columns, score_shards
+from memmc.scoring.strata import judge_of
 
-_ROWS_PER_COMMIT = 50_000
+_ROWS_PER_LEG = 50_000  # after which a run looks at what others have scored meanwhile
 
 
-def preview(config: Config, cohort: str, model: str | None = None) -> PlanResult:
+def preview(
+    config: Config, cohort: str, model: str | None = None, *, since: str | None = None, limit: int | None = None
+) -> PlanResult:
     """Say what `score` would score."""
     lake = Lake(config.lake.uri)
     opened = open_model(config, home_directory(), model)
-    rows = stored_instances(lake, cohort)
-    done = score_rows(lake, cohort, opened, newest_calibration(lake, opened)["calibration_id"])
-    return PlanResult({"instances": len(rows), "already scored": len(done), "to score": len(rows) - len(done)})
+    calibration = newest_calibration(lake, opened)
+    plan = plan_scores(lake, cohort, _ledger(lake, cohort, opened, calibration), since, limit)
+    return PlanResult(
+        {
+            "instances": plan.stored,
+            "already scored": plan.scored,
+            "to score": plan.to_score,
+            "rows that say why there is no score": plan.not_scored.num_rows,
+        }
+    )
 
 
-def score(config: Config, cohort: str, model: str | None = None, *, progress: Progress | None = None) -> ScoreResult:
+def score(
+    config: Config,
+    cohort: str,
+    model: str | None = None,
+    *,
+    since: str | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> ScoreResult:
     """Score the instances of a cohort that the model's newest calibration has not scored yet.
 
-    A killed run leaves whole shards or nothing; the next run scores what is missing.
+    A killed run leaves whole commits or nothing; the next run scores what is missing. Runs at the same time leave each
+    instance one score (`score_ledger`).
+
+    Args:
+        cohort: whose instances.
+        model: the champion when absent.
+        since: a date or a version of `instances`; see `score_plan.plan_scores`.
+        limit: at most so many instances.
+        progress: told of images done, their rate and the time left.
 
     Raises:
         DataError: nothing stored in the cohort, or the model is not calibrated.
         PreprocessMismatch: the cohort's pixels were prepared otherwise than the model's.
+        UsageError: `since` is neither a date nor a version.
     """
     began = time.monotonic()
     progress = progress or Silent()
@@ -50,98 +81,153 @@ def score(config: Config, cohort: str, model: str | None = None, *, progress: Pr
     lake = Lake(config.lake.uri)
     opened = open_model(config, home, model)
     calibration = newest_calibration(lake, opened)
-    rows = stored_instances(lake, cohort)
-    opened.require({str(one_preparation(rows)["preprocess_id"])})
-    done = score_rows(lake, cohort, opened, calibration["calibration_id"])
-    missing = [row for row in rows if row["sop_instance_uid"] not in done]
-    abnormal = sum(row["is_abnormal"] for row in done.values())
-    version = lake.version(SCORES) if lake.exists(SCORES) else -1
-    rate = 0.0
-    if missing:
+    ledger = _ledger(lake, cohort, opened, calibration)
+    plan = plan_scores(lake, cohort, ledger, since, limit)
+    opened.require({str(plan.preparation["preprocess_id"])})
+    run = _Run(config, lake, opened, calibration, cohort, plan, ledger, progress)
+    run.explain()
+    if plan.units:
         with ray_cluster(config, home, training=False) as ray:
-            progress.stage("score", len(missing))
-            started = time.monotonic()
-            version, flagged = _score(config, ray, lake, opened, calibration, cohort, missing, progress)
-            rate = len(missing) / (time.monotonic() - started)
-        abnormal += flagged
+            progress.stage("score", plan.to_score)
+            run.score(ray)
     return ScoreResult(
         model=opened.ref,
         calibration_id=calibration["calibration_id"],
         cohort=cohort,
-        instances=len(rows),
-        scored=len(missing),
-        already_scored=len(done),
-        abnormal=abnormal,
-        version=version,
+        instances=plan.stored,
+        scored=run.scored,
+        already_scored=plan.scored,
+        abnormal=ledger.abnormal,
+        version=lake.version(SCORES) if lake.exists(SCORES) else -1,
         seconds=round(time.monotonic() - began, 2),
-        images_per_second=round(rate, 1),
+        images_per_second=round(run.rate, 1),
+        not_scored=len(ledger.not_scored - ledger.scored),
     )
 
 
-def stored_instances(lake: Lake, cohort: str) -> list[dict[str, Any]]:
-    """Return the stored instances of a cohort, without pixels.
-
-    Raises:
-        DataError: there is none.
-    """
-    columns = ["object_key", "sop_instance_uid", "preprocess_id", "height", "width", "channels", "bits"]
-    rows = lake.read("instances", columns, filter={"cohort": cohort, "outcome": "stored"}).to_pylist()
-    if not rows:
-        raise DataError(f"cohort '{cohort}' has no stored images; run `memmc ingest SOURCE --cohort {cohort}`")
-    return rows
+def _ledger(lake: Lake, cohort: str, model: OpenModel, calibration: dict[str, Any]) -> ScoreLedger:
+    return ScoreLedger(lake, cohort, model.digest, calibration["calibration_id"])
 
 
-def _score(
-    config: Config,
-    ray: Any,
-    lake: Lake,
-    model: OpenModel,
-    calibration: dict[str, Any],
-    cohort: str,
-    missing: list[dict[str, Any]],
-    progress: Progress,
-) -> tuple[int, int]:
-    """Score and commit; return the table's version and the number of flagged instances."""
-    run = f"score-{cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    version = lake.version("instances")
-    files = lake.files("instances", version, {"outcome": "stored", "cohort": cohort})
-    keys = [row["object_key"] for row in missing]
-    dataset = stream(lake.storage, files, SCORE_COLUMNS, parallelism=len(files), keys=keys)
-    job = ScoringJob(
-        model_files=model_files(model.folder),
-        score=config.score.model_copy(update={"scorer": calibration["scorer"]}),
-        use_gpu=has_gpu(ray, config),
-        scorer_state=calibration["scorer_state"],
-        normal_scores=tuple(calibration["normal_scores"]),
-        threshold=calibration["threshold"],
-        fixed={
-            "cohort": cohort,
-            "model": model.ref,
-            "model_digest": model.digest,
-            "calibration_id": calibration["calibration_id"],
-            "dataset_version": version,
-            "preprocess_id": model.preprocess_id,
-            "scorer": calibration["scorer"],
-            "run": run,
-            "scored_at": datetime.now(UTC),
-        },
-    )
-    waiting: list[ShardFile] = []
-    done = flagged = step = 0
-    committed = -1
-    for part in score_shards(ray, dataset, job, lake.storage):
-        waiting.append(ShardFile(**json.loads(part["shard"])))
-        flagged += part["abnormal"]
-        done += waiting[-1].num_rows
-        progress.advance(done)
-        if sum(file.num_rows for file in waiting) >= _ROWS_PER_COMMIT:
-            step += 1
-            committed = lake.commit(SCORES, waiting, run, step=step)
-            waiting = []
-    if waiting:
-        committed = lake.commit(SCORES, waiting, run, step=step + 1)
-    if done != len(missing):
-        raise DataError(
-            f"{len(missing)} instances were to be scored, {done} were; run `memmc score` again for the rest"
+@dataclass
+class _Run:
+    """One scoring run: its shards, its commits, its pace."""
+
+    config: Config
+    lake: Lake
+    model: OpenModel
+    calibration: dict[str, Any]
+    cohort: str
+    plan: ScorePlan
+    ledger: ScoreLedger
+    progress: Progress
+    scored: int = 0
+    rate: float = 0.0
+    _step: int = 0
+    _done: int = 0
+    _name: str = ""
+    _began: float = 0.0
+    _waiting: list[ShardFile] = field(default_factory=list[ShardFile])
+
+    def __post_init__(self) -> None:
+        self._name = f"score-{self.cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+    def explain(self) -> None:
+        """Commit a row for each instance that gets no score."""
+        rows = self.plan.not_scored
+        if rows.num_rows:
+            columns: dict[str, pa.Array] = {name: rows[name].combine_chunks() for name in rows.column_names}
+            self._waiting.append(
+                write_shard(self.lake.storage, SCORES, complete(columns, rows.num_rows, self._fixed()))
+            )
+            self._commit()
+
+    def score(self, ray: Any) -> None:
+        """Score the plan's units, some at a time, beginning at another place than other runs probably do.
+
+        Raises:
+            DataError: instances came back neither scored by this run nor known to be scored by another.
+        """
+        units, leg = list(self.plan.units), list[Unit]()
+        start = uuid.uuid4().int % len(units)
+        self._began = time.monotonic()
+        for unit in [*units[start:], *units[:start]]:
+            leg.append(unit)
+            if sum(len(item.keys) for item in leg) >= _ROWS_PER_LEG:
+                self._score(ray, leg)
+                leg = []
+        if leg:
+            self._score(ray, leg)
+        if self._done != self.plan.to_score:
+            raise DataError(
+                f"{self.plan.to_score} instances were to be scored, {self._done} were; "
+                "run `memmc score` again for the rest"
+            )
+
+    def _score(self, ray: Any, leg: list[Unit]) -> None:
+        keys = self._keys(leg)
+        if not keys:
+            return
+        job = self._job(ray)
+        files = [unit.file for unit in leg]
+        columns = score_columns(job.judge.columns if job.judge else ())
+        dataset = stream(self.lake.storage, files, columns, parallelism=len(files), keys=keys)
+        map_bytes = 2 * self.plan.preparation["height"] * self.plan.preparation["width"]
+        committed = time.monotonic()
+        for shard in score_shards(ray, dataset, job, self.lake.storage, map_bytes):
+            self._waiting.append(shard)
+            self._tell(shard.num_rows)
+            if time.monotonic() - committed >= self.config.score.commit_seconds:
+                self._commit()
+                committed = time.monotonic()
+        self._commit()
+
+    def _keys(self, leg: list[Unit]) -> list[str]:
+        """Return the keys of a leg, less those that another run has scored since the plan was made."""
+        keys = [key for unit in leg for key in unit.keys.to_pylist()]
+        if not self.ledger.refresh():
+            return keys
+        fresh = plan_scores(self.lake, self.cohort, self.ledger)
+        missing = {key for unit in fresh.units for key in unit.keys.to_pylist()}
+        left = [key for key in keys if key in missing]
+        self._tell(len(keys) - len(left))
+        return left
+
+    def _commit(self) -> None:
+        if not self._waiting:
+            return
+        self._step += 1
+        added = self.ledger.commit(self._waiting, self._name, self._step)
+        self._waiting = []
+        self.scored += added.scored if added else 0
+
+    def _tell(self, count: int) -> None:
+        self._done += count
+        self.rate = self._done / max(time.monotonic() - self._began, 1e-6)
+        left = (self.plan.to_score - self._done) / max(self.rate, 1e-6)
+        self.progress.advance(self._done, f"{self.rate:.0f} images/s, {left:.0f} s left")
+
+    def _job(self, ray: Any) -> ScoringJob:
+        settings = {"scorer": self.calibration["scorer"]}
+        settings |= {"passes": self.calibration["passes"]} if self.calibration["passes"] else {}
+        return ScoringJob(
+            model_files=model_files(self.model.folder),
+            score=self.config.score.model_copy(update=settings),
+            use_gpu=has_gpu(ray, self.config),
+            scorer_state=self.calibration["scorer_state"],
+            judge=judge_of(self.calibration),
+            fixed=self._fixed(),
         )
-    return committed, flagged
+
+    def _fixed(self) -> dict[str, Any]:
+        return {
+            "cohort": self.cohort,
+            "model": self.model.ref,
+            "model_digest": self.model.digest,
+            "calibration_id": self.calibration["calibration_id"],
+            "dataset_version": self.plan.version,
+            "preprocess_id": self.model.preprocess_id,
+            "scorer": self.calibration["scorer"],
+            "run": self._name,
+            "scored_at": datetime.now(UTC),
+        }

@@ -81,6 +81,7 @@ def calibrations(lake: Lake, model: OpenModel) -> list[dict[str, Any]]:
         return []
     columns = ["calibration_id", "cohort", "dataset_version", "preprocess_id", "scorer", "false_positive_rate"]
     columns += ["threshold", "num_normals", "normal_scores", "map_scale", "scorer_state", "created_at"]
+    columns += ["passes", "strata_columns", "strata", "study_p_values"]
     table = lake.read("calibrations", columns, filter={"model_digest": model.digest})
     return sorted(table.to_pylist(), key=lambda row: row["created_at"])
 
@@ -98,27 +99,45 @@ def newest_calibration(lake: Lake, model: OpenModel) -> dict[str, Any]:
 
 
 def score_rows(
-    lake: Lake, cohort: str, model: OpenModel, calibration_id: str | None, columns: tuple[str, ...] = ()
+    lake: Lake,
+    cohort: str,
+    model: OpenModel,
+    calibration_id: str | None,
+    columns: tuple[str, ...] = (),
+    *,
+    without_score: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Return the newest score row of each instance, by SOP Instance UID."""
+    """Return the newest score row of each instance, by SOP Instance UID.
+
+    Args:
+        columns: besides those of every call.
+        without_score: also the rows that say why an instance has no score, where it has none.
+    """
     if not lake.exists("scores"):
         return {}
     names = ["sop_instance_uid", "patient_key", "anomaly_score", "p_value", "is_abnormal", "score_spread", "model"]
-    names += ["dataset_version", "preprocess_id", "calibration_id", "scored_at", *columns]
+    names += ["dataset_version", "preprocess_id", "calibration_id", "scored_at", "study_uid"]
+    names += ["stratum", "not_scored", *columns]
     where: dict[str, Any] = {"cohort": cohort, "model_digest": model.digest}
     if calibration_id is not None:
         where["calibration_id"] = calibration_id
-    rows = sorted(lake.read("scores", names, filter=where).to_pylist(), key=lambda row: row["scored_at"])
-    return {row["sop_instance_uid"]: row for row in rows}
+    rows = sorted(
+        lake.read("scores", names, filter=where).to_pylist(),
+        key=lambda row: (row["not_scored"] is None, row["scored_at"]),
+    )
+    return {row["sop_instance_uid"]: row for row in rows if without_score or row["not_scored"] is None}
 
 
 def scored_instances(config: Config, lake: Lake, cohort: str, reference: str | None) -> list[dict[str, Any]]:
-    """Return a cohort's score rows joined to label, split and sealed source path."""
+    """Return a cohort's score rows, those without a score included, joined to label, split and sealed source path."""
     model = open_model(config, home_directory(), reference)
-    scores = score_rows(lake, cohort, model, None)
-    columns = ["sop_instance_uid", "label", "split", "source_ref"]
-    instances = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored"}).to_pylist()
-    return [{**row, **scores[row["sop_instance_uid"]]} for row in instances if row["sop_instance_uid"] in scores]
+    scores = score_rows(lake, cohort, model, None, without_score=True)
+    columns = ["sop_instance_uid", "label", "split", "source_ref", "outcome"]
+    where: dict[str, Any] = {"cohort": cohort, "outcome": ("stored", "excluded", "quarantined")}
+    instances = lake.instances_with_labels(columns, None, where).to_pylist()
+    # The stored object of a UID stands for it, whatever else came under the same UID.
+    of_uid = {row["sop_instance_uid"]: row for row in sorted(instances, key=lambda row: row["outcome"] == "stored")}
+    return [{**of_uid[uid], **row} for uid, row in scores.items() if uid in of_uid]
 
 
 def _normal_patients(lake: Lake, cohort: str, version: int, splits: tuple[str, ...]) -> set[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,23 @@ import pyarrow as pa
 
 from memmc.config import ScoreConfig
 from memmc.lake.schemas import SCHEMAS, SCORES
-from memmc.lake.shards import write_shard
+from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.storage import Storage
 from memmc.lake.stream import PIXEL_COLUMNS, pixels_to_array
+from memmc.scoring.batching import LARGEST, find_batch_size
+from memmc.scoring.strata import Judge, stratum_names
 
-SCORE_COLUMNS = ("sop_instance_uid", "patient_key", "study_uid", *PIXEL_COLUMNS)
-_ROWS_PER_SHARD = 4096
+KEY_COLUMNS = ("sop_instance_uid", "patient_key", "study_uid")
+_ROWS_PER_SHARD = 1024  # at most; the rows of one shard wait in memory
+_SHARD_BYTES = 64 << 20  # of maps
+_BATCH_BYTES = 64 << 20  # of pixels that go to an actor at once
+
+_log = logging.getLogger(__name__)
+
+
+def score_columns(strata: Sequence[str] = ()) -> list[str]:
+    """Return the columns of `instances` that scoring reads; `strata` are those that name a stratum."""
+    return [*KEY_COLUMNS, *strata, *PIXEL_COLUMNS]
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,8 @@ class ScoringJob:
     Attributes:
         model_files: the model folder, by file name.
         scorer_state: the fitted scorer, or None to return features.
-        normal_scores: of the held-out normals, for p-values.
+        judge: turns scores into p-values and verdicts; None to return features.
+        strata: columns that name a stratum; they come back with the features.
         fixed: columns every score row shares (cohort, model, model_digest, calibration_id, dataset_version, ...).
     """
 
@@ -37,8 +51,8 @@ class ScoringJob:
     score: ScoreConfig
     use_gpu: bool = False
     scorer_state: bytes | None = None
-    normal_scores: tuple[float, ...] = ()
-    threshold: float = 0.0
+    judge: Judge | None = None
+    strata: tuple[str, ...] = ()
     fixed: dict[str, Any] | None = None
 
 
@@ -67,22 +81,46 @@ class Reconstructor:
                 Path(folder, name).write_bytes(data)
             self._loaded = load_model(folder, self._device)
         self._scorer = scorer_from_bytes(job.scorer_state) if job.scorer_state is not None else make_scorer(job.score)
+        self._batch_size = job.score.batch_size
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Return features, or score rows, of one batch of instances."""
-        uids = rows["sop_instance_uid"].to_pylist()
-        images_BCHW, reconstruction = self._reconstruct(rows, uids)
-        features = self._scorer.features(images_BCHW, reconstruction)
-        if self._job.scorer_state is None:
-            return _features_table(rows, features)
-        return self._score_table(rows, self._scorer.score_features(features))
+        """Return features, or score rows, of instances of one shape; they are judged some at a time."""
+        if not rows.num_rows:
+            return SCHEMAS[SCORES].empty_table() if self._job.judge else pa.table({})
+        if not self._batch_size:
+            self._batch_size = self._find_batch_size(rows)
+            _log.info("batch size %d found for %d passes per image", self._batch_size, self._job.score.passes)
+        step = self._batch_size
+        return pa.concat_tables([self.batch(rows.slice(start, step)) for start in range(0, rows.num_rows, step)])
 
-    def _reconstruct(self, rows: pa.Table, uids: list[str]) -> tuple[Any, Any]:
+    def batch(self, rows: pa.Table) -> pa.Table:
+        """Return features, or score rows, of instances that go through the model together."""
+        features = self._scorer.features(*self._reconstruct(rows))
+        if self._job.judge is None:
+            return _features_table(rows, features, self._job.strata)
+        return _score_table(rows, self._scorer.score_features(features), self._job.judge, self._job.fixed or {})
+
+    def _find_batch_size(self, rows: pa.Table) -> int:
+        import psutil
+
+        process, actors = psutil.Process(), self._job.score.num_actors
+        before = process.memory_info().rss
+
+        def memory() -> tuple[float, float]:
+            return max(0, process.memory_info().rss - before), psutil.virtual_memory().available / actors
+
+        def run(size: int) -> None:
+            repeated = rows.take(np.arange(size) % rows.num_rows)
+            self._scorer.features(*self._reconstruct(repeated))
+
+        return find_batch_size(run, largest=min(LARGEST, _rows_per_batch(rows)), memory=memory)
+
+    def _reconstruct(self, rows: pa.Table) -> tuple[Any, Any]:
         import torch
 
         from memmc.scoring.masks import mask_ids, reconstruct
 
-        model, info = self._loaded.model, self._loaded.info
+        model, info, uids = self._loaded.model, self._loaded.info, rows["sop_instance_uid"].to_pylist()
         scale = np.float32(2 ** rows["bits"][0].as_py() - 1)
         images_BHWC = pixels_to_array(rows).astype(np.float32) / scale
         images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous().to(self._device)
@@ -92,53 +130,66 @@ class Reconstructor:
             reconstruction = reconstruct(model, standardised, ids.to(self._device))
         return images_BCHW, reconstruction.rescale(info.pixel_mean, info.pixel_std)
 
-    def _score_table(self, rows: pa.Table, scored: Any) -> pa.Table:
-        from memmc.scoring.calibration import p_values
-        from memmc.scoring.maps import encode_map
 
-        height, width = scored.anomaly_map_BHW.shape[1:]
-        fixed = self._job.fixed or {}
-        columns: dict[str, Any] = {
-            **{name: rows[name] for name in ("sop_instance_uid", "patient_key", "study_uid")},
-            "anomaly_score": pa.array(scored.anomaly_score_B),
-            "p_value": pa.array(p_values(scored.anomaly_score_B, self._job.normal_scores)),
-            "is_abnormal": pa.array(scored.anomaly_score_B > self._job.threshold),
-            "score_spread": pa.array(scored.spread_B),
-            "anomaly_map": pa.array([encode_map(item) for item in scored.anomaly_map_BHW], pa.binary()),
-            "map_height": pa.array([height] * rows.num_rows, pa.int32()),
-            "map_width": pa.array([width] * rows.num_rows, pa.int32()),
-        }
-        schema = SCHEMAS[SCORES]
-        for name, value in fixed.items():
-            columns[name] = pa.array([value] * rows.num_rows, schema.field(name).type)
-        return pa.Table.from_arrays(
-            [_whole(columns[name]).cast(schema.field(name).type) for name in schema.names], schema=schema
-        )
+def _score_table(rows: pa.Table, scored: Any, judge: Judge, fixed: dict[str, Any]) -> pa.Table:
+    from memmc.scoring.maps import encode_map
+
+    height, width = scored.anomaly_map_BHW.shape[1:]
+    verdicts = judge.judge(scored.anomaly_score_B, _strata_of(rows, judge.columns))
+    columns: dict[str, Any] = {
+        **{name: rows[name] for name in KEY_COLUMNS},
+        "anomaly_score": pa.array(scored.anomaly_score_B),
+        "p_value": pa.array(verdicts.p_value_B),
+        "is_abnormal": pa.array(verdicts.is_abnormal_B),
+        "stratum": pa.array(verdicts.stratum_B, pa.string()),
+        "score_spread": pa.array(scored.spread_B),
+        "anomaly_map": pa.array([encode_map(item) for item in scored.anomaly_map_BHW], pa.binary()),
+        "map_height": pa.repeat(pa.scalar(height, pa.int32()), rows.num_rows),
+        "map_width": pa.repeat(pa.scalar(width, pa.int32()), rows.num_rows),
+    }
+    return complete(columns, rows.num_rows, fixed)
+
+
+def complete(columns: dict[str, Any], count: int, fixed: dict[str, Any]) -> pa.Table:
+    """Return rows of `scores` from columns and from values they all share; what neither names is null."""
+    schema = SCHEMAS[SCORES]
+    arrays = [
+        _whole(columns[field.name]).cast(field.type)
+        if field.name in columns
+        else pa.repeat(pa.scalar(fixed.get(field.name), field.type), count)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def features_of(ray: Any, dataset: Any, job: ScoringJob) -> Iterator[pa.Table]:
-    """Yield tables of features: sop_instance_uid, patient_key, vector, maps, map_shape, spread, image_size."""
+    """Yield tables of features: the key columns, stratum, vector, maps, map_shape, spread, image_size."""
     yield from _actors(ray, dataset, job).iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def score_shards(ray: Any, dataset: Any, job: ScoringJob, storage: Storage) -> Iterator[dict[str, Any]]:
-    """Score every row; yield one description per written, not yet committed shard.
+def score_shards(ray: Any, dataset: Any, job: ScoringJob, storage: Storage, map_bytes: int) -> Iterator[ShardFile]:
+    """Score every row; yield each shard once it is written. Committing them is the caller's.
 
-    Yields:
-        `shard` (a `ShardFile` as a dict) and `abnormal`, the number of flagged rows in it.
+    Args:
+        ray: the connected module.
+        dataset: rows with `score_columns`.
+        job: with a fitted scorer and a judge.
+        storage: the lake's.
+        map_bytes: of one anomaly map; bounds the rows of a shard.
     """
+    rows = max(1, min(_ROWS_PER_SHARD, _SHARD_BYTES // max(1, map_bytes)))
     written = _actors(ray, dataset, job).map_batches(
-        _write, batch_size=_ROWS_PER_SHARD, batch_format="pyarrow", fn_kwargs={"storage": storage}
+        _write, batch_size=rows, batch_format="pyarrow", fn_kwargs={"storage": storage}
     )
     for batch in written.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield from batch.to_pylist()
+        yield from (ShardFile(**json.loads(text)) for text in batch["shard"].to_pylist())
 
 
 def _actors(ray: Any, dataset: Any, job: ScoringJob) -> Any:
     return dataset.map_batches(
         Reconstructor,
         fn_constructor_args=(job,),
-        batch_size=job.score.batch_size,
+        batch_size=job.score.batch_size or LARGEST,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=job.score.num_actors),
         num_gpus=1 if job.use_gpu else None,
@@ -146,22 +197,20 @@ def _actors(ray: Any, dataset: Any, job: ScoringJob) -> Any:
 
 
 def _write(rows: pa.Table, storage: Storage) -> pa.Table:
-    import json
-    from dataclasses import asdict
-
-    if not rows.num_rows:
-        return pa.table({"shard": pa.array([], pa.string()), "abnormal": pa.array([], pa.int64())})
-    file = write_shard(storage, SCORES, rows)
-    abnormal = sum(rows["is_abnormal"].to_pylist())
-    return pa.table({"shard": [json.dumps(asdict(file))], "abnormal": [abnormal]})
+    files = [write_shard(storage, SCORES, rows)] if rows.num_rows else []
+    return pa.table({"shard": pa.array([json.dumps(asdict(file)) for file in files], pa.string())})
 
 
-def _features_table(rows: pa.Table, features: Any) -> pa.Table:
+def _strata_of(rows: pa.Table, columns: Sequence[str]) -> list[str]:
+    return stratum_names({name: rows[name].to_pylist() for name in columns}, rows.num_rows)
+
+
+def _features_table(rows: pa.Table, features: Any, strata: Sequence[str]) -> pa.Table:
     count = len(features)
     return pa.table(
         {
-            "sop_instance_uid": _whole(rows["sop_instance_uid"]),
-            "patient_key": _whole(rows["patient_key"]),
+            **{name: _whole(rows[name]) for name in KEY_COLUMNS},
+            "stratum": pa.array(_strata_of(rows, strata), pa.string()),
             "vector": pa.array([row.astype("<f4").tobytes() for row in features.vectors_NF], pa.binary()),
             "maps": pa.array([row.astype("<f2").tobytes() for row in features.maps_NMHW], pa.binary()),
             "map_shape": pa.array([list(features.maps_NMHW.shape[1:])] * count, pa.list_(pa.int32())),
@@ -171,8 +220,21 @@ def _features_table(rows: pa.Table, features: Any) -> pa.Table:
     )
 
 
-def join_features(tables: list[pa.Table]) -> tuple[Any, list[str]]:
-    """Return the features and patient keys of all tables, in the order of the SOP Instance UIDs."""
+@dataclass(frozen=True)
+class Keys:
+    """Whose features they are: (N,) each, in the order of the features."""
+
+    instances: list[str]
+    patients: list[str]
+    studies: list[str]
+    strata: list[str]
+
+
+def join_features(tables: list[pa.Table]) -> tuple[Any, Keys]:
+    """Return the features of all tables and whose they are, in the order of the SOP Instance UIDs.
+
+    An instance without a study is one of its own.
+    """
     from memmc.scoring.scorer import Features
 
     rows = sorted((row for table in tables for row in table.to_pylist()), key=lambda row: row["sop_instance_uid"])
@@ -183,7 +245,15 @@ def join_features(tables: list[pa.Table]) -> tuple[Any, list[str]]:
         spread_N=np.array([row["spread"] for row in rows], np.float32),
         size=tuple(rows[0]["image_size"]),
     )
-    return features, [row["patient_key"] for row in rows]
+    uids = [row["sop_instance_uid"] for row in rows]
+    studies = [row["study_uid"] or row["sop_instance_uid"] for row in rows]
+    return features, Keys(uids, [row["patient_key"] for row in rows], studies, [row["stratum"] for row in rows])
+
+
+def _rows_per_batch(rows: pa.Table) -> int:
+    """Return how many images of this shape may come to an actor at once."""
+    size = max(1, len(rows["pixels"][0].as_py()))
+    return max(1, _BATCH_BYTES // size)
 
 
 def _whole(column: Any) -> pa.Array:

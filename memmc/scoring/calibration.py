@@ -82,6 +82,27 @@ def false_positive_interval(
     return float(low), float(high)
 
 
+def observed_rate_interval(
+    num_normals: int, false_positive_rate: float, num_new: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Return the central interval of the rate seen on `num_new` new normals, by a threshold set on `num_normals`.
+
+    Both the calibration set and the new images vary: the count of flagged images is beta-binomial. Being discrete, it
+    lies inside at least as often as the confidence says.
+
+    Raises:
+        GateRefused: as `threshold_at`.
+    """
+    from scipy.stats import betabinom
+
+    rank = _rank(num_normals, false_positive_rate)
+    if rank > num_normals:
+        raise GateRefused(f"{num_normals} held-out normal images cannot carry a rate of {false_positive_rate:g}")
+    tail = (1.0 - confidence) / 2.0
+    counts = np.asarray(betabinom.ppf([tail, 1.0 - tail], num_new, num_normals + 1 - rank, rank), dtype=np.float64)
+    return float(counts[0]) / num_new, float(counts[1]) / num_new
+
+
 def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return the exact interval of a proportion seen as `successes` of `trials`, for instance flagged normals.
 
