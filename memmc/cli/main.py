@@ -16,7 +16,7 @@ import typer
 
 from memmc import __version__
 from memmc.cli import lake as lake_verbs
-from memmc.cli import packaging, privacy, privacy, selection, summaries
+from memmc.cli import packaging, privacy, selection, summaries
 from memmc.cli.options import (
     CohortOption,
     ConfigOption,
