@@ -15,6 +15,7 @@ from torch.nn.functional import layer_norm
 
 from memmc.config import ModelConfig
 from memmc.model.attention import MLP, MemoryAttention, head_dim
+from memmc.model.levels import level_indices
 from memmc.model.patches import sincos_positions
 
 
@@ -128,14 +129,17 @@ class LevelCrossAttention(nn.Module):
 class DecoderBlock(nn.Module):
     """Self-attention, multi-level cross-attention, MLP, each a pre-norm residual.
 
-    Source: [abstract, M2]; [choice] pre-norm. Without cross-attention a block of [MAE].
+    Source: [abstract, M2]; [choice] pre-norm. Without cross-attention a block of [MAE]; without self-attention [choice]
+    removed patches do not see each other.
     """
 
     def __init__(self, config: ModelConfig, levels: int) -> None:
         super().__init__()
         dim, heads = config.decoder_dim, config.decoder_heads
-        self.norm_attention = nn.LayerNorm(dim)
-        self.attention = MemoryAttention(dim, heads)
+        self.attention: MemoryAttention | None = None
+        if config.decoder_self_attention:
+            self.norm_attention = nn.LayerNorm(dim)
+            self.attention = MemoryAttention(dim, heads)
         self.cross_attention: LevelCrossAttention | None = None
         if config.cross_attention:
             self.norm_cross_attention = nn.LayerNorm(dim)
@@ -145,7 +149,8 @@ class DecoderBlock(nn.Module):
 
     def forward(self, tokens_BLE: Tensor, levels_BSNE: Tensor) -> Tensor:
         """Return tokens of the same shape."""
-        tokens_BLE = tokens_BLE + self.attention(self.norm_attention(tokens_BLE))
+        if self.attention is not None:
+            tokens_BLE = tokens_BLE + self.attention(self.norm_attention(tokens_BLE))
         if self.cross_attention is not None:
             query_BLE = self.norm_cross_attention(tokens_BLE)
             tokens_BLE = tokens_BLE + self.cross_attention(query_BLE, levels_BSNE)
@@ -163,12 +168,12 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, patch_values: int, side: int) -> None:
         super().__init__()
         dim = config.decoder_dim
-        use_all = config.cross_attention and config.levels == "all"
-        self.levels = config.encoder_depth if use_all else 1
-        self.adapters = LevelAdapters(self.levels, config.encoder_dim, dim)
+        self.level_indices = level_indices(config)
+        levels = len(self.level_indices)
+        self.adapters = LevelAdapters(levels, config.encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.register_buffer("positions", sincos_positions(dim, side), persistent=False)
-        self.blocks = nn.ModuleList(DecoderBlock(config, self.levels) for _ in range(config.decoder_depth))
+        self.blocks = nn.ModuleList(DecoderBlock(config, levels) for _ in range(config.decoder_depth))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, patch_values)
 
@@ -182,7 +187,7 @@ class Decoder(nn.Module):
 
     def forward(self, levels: list[Tensor], ids_keep_BK: Tensor) -> Tensor:
         """Return pred_BLP without the class token; trained at removed patches only."""
-        adapted_SBNE = self.adapters(levels[-self.levels :])
+        adapted_SBNE = self.adapters([levels[index] for index in self.level_indices])
         tokens_BLE = self.place(adapted_SBNE[-1], ids_keep_BK)
         levels_BSNE = adapted_SBNE.transpose(0, 1).contiguous()
         for block in self.blocks:

@@ -121,7 +121,8 @@ class MemMCMAE(nn.Module):
         if self.config.norm_pix_loss:
             variance, mean = torch.var_mean(patches_BLP, dim=-1, keepdim=True)
             patches_BLP = (patches_BLP - mean) / (variance + 1e-6).sqrt()
-        error_BL = (pred_BLP.float() - patches_BLP).square().mean(dim=-1)
+        pred_BLP = pred_BLP.to(torch.promote_types(pred_BLP.dtype, torch.float32))
+        error_BL = (pred_BLP - patches_BLP).square().mean(dim=-1)
         return (error_BL * mask_BL).sum() / mask_BL.sum()
 
     def predict(self, images_BCHW: Tensor, ids_keep_BGK: Tensor) -> Tensor:

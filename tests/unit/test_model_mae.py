@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference_mae import reference_mae
 
-from memmc.config import PRESETS, ModelConfig
+from memmc.config import PRESETS, ModelConfig, load_config
 from memmc.errors import ConfigError
 from memmc.model.mae import MemMCMAE
 from memmc.model.masking import random_ids_keep
@@ -42,7 +42,8 @@ def test_without_memory_and_cross_attention_it_is_a_plain_mae(channels: int) -> 
 @pytest.mark.parametrize(
     "changes",
     [{"gate": gate} for gate in ("channel", "head", "scalar")]
-    + [{"levels": "last"}, {"cross_attention": False}, {"memory_slots": 0}, {"norm_pix_loss": True}],
+    + [{"levels": "last"}, {"levels": "every_2"}, {"cross_attention": False}, {"memory_slots": 0}]
+    + [{"norm_pix_loss": True}, {"decoder_self_attention": False}, {"bottleneck_slots": 4, "levels": "last"}],
 )
 def test_gradient_reaches_every_parameter(changes: dict[str, object]) -> None:
     model = build(**changes)
@@ -57,12 +58,27 @@ def test_gradient_reaches_every_parameter(changes: dict[str, object]) -> None:
             assert (rows > 0).all(), name
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
-def test_presets_build_and_count_their_parameters(preset: str) -> None:
-    config = ModelConfig(**PRESETS[preset].get("model", {}))
+@pytest.mark.parametrize(
+    ("preset", "image_size", "patch", "patches", "kept", "encoder", "decoder", "slots"),
+    [
+        ("tiny", 64, 8, 64, 16, (192, 6, 3), (128, 4, 4), 16),
+        ("small", 128, 8, 256, 64, (384, 8, 6), (256, 4, 8), 40),
+        ("base", 224, 16, 196, 49, (768, 12, 12), (512, 8, 16), 40),
+    ],
+)
+def test_presets_are_the_table_of_the_design(
+    preset: str, image_size: int, patch: int, patches: int, kept: int,
+    encoder: tuple[int, ...], decoder: tuple[int, ...], slots: int,
+) -> None:  # fmt: skip
+    assert preset in PRESETS
+    config = load_config(overrides=[f"train.preset={preset}"]).model
     with torch.device("meta"):
-        model = MemMCMAE(config, {"tiny": 64, "small": 128, "base": 224}[preset])
-    assert model.num_keep == {"tiny": 16, "small": 64, "base": 49}[preset]
+        model = MemMCMAE(config, image_size)
+    assert (config.patch_size, model.num_patches, model.num_keep) == (patch, patches, kept)
+    assert (config.encoder_dim, config.encoder_depth, config.encoder_heads) == encoder
+    assert (config.decoder_dim, config.decoder_depth, config.decoder_heads) == decoder
+    assert (config.memory_slots, config.mask_ratio, config.levels) == (slots, 0.75, "all")
+    assert config.decoder_self_attention and config.cross_attention and not config.norm_pix_loss
     slots = sum(p.numel() for n, p in model.named_parameters() if "memory" in n)
     assert slots == 2 * config.encoder_depth * config.memory_slots * config.encoder_dim
 
@@ -124,7 +140,7 @@ def test_masks_follow_the_generator() -> None:
 
 
 def test_no_weight_decay_for_memory_tokens_biases_and_norms() -> None:
-    model = build(gate="head")
+    model = build(gate="head", bottleneck_slots=4)
     decayed, free = model.parameter_groups(0.05)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -133,7 +149,7 @@ def test_no_weight_decay_for_memory_tokens_biases_and_norms() -> None:
     assert free_names | decayed_names == set(names.values())
     assert not free_names & decayed_names
     assert all(("weight" in name) and ("norm" not in name) for name in decayed_names)
-    for word in ("memory_key", "memory_value", "class_token", "mask_token", "bias", "norm"):
+    for word in ("memory_key", "memory_value", "memory_slots", "class_token", "mask_token", "bias", "norm"):
         assert any(word in name for name in free_names), word
         assert not any(word in name for name in decayed_names), word
 
@@ -150,6 +166,33 @@ def test_no_weight_decay_for_memory_tokens_biases_and_norms() -> None:
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, object], size: int, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         build(size, **changes)
+
+
+def test_a_decoder_without_any_attention_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no removed patch would see\s+anything"):
+        load_config(overrides=["model.cross_attention=false", "model.decoder_self_attention=false"])
+
+
+@pytest.mark.parametrize("levels", ["every_0", "every_", "first", "every_-1"])
+def test_unknown_levels_are_refused(levels: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.levels"):
+        load_config(overrides=[f"model.levels={levels}"])
+
+
+@pytest.mark.parametrize("gate", ["channel", "head", "scalar"])
+def test_bf16_autocast_stays_near_float32(gate: str) -> None:
+    model = build(gate=gate, bottleneck_slots=0)
+    images, generator = images_of(model, 8), torch.Generator
+    exact = model(images, generator=generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(images, generator=generator().manual_seed(0))
+    assert rounded.loss.dtype == torch.float32
+    assert 0 < (rounded.pred_BLP - exact.pred_BLP).abs().mean() / exact.pred_BLP.abs().mean() < 0.02
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    ours, theirs = (torch.autograd.grad(loss, parameters) for loss in (rounded.loss, exact.loss))
+    mine, other = (torch.cat([part.flatten() for part in parts]) for parts in (ours, theirs))
+    assert all(part.dtype == torch.float32 for part in ours), names
+    assert (mine - other).norm() / other.norm() < 0.05
 
 
 def test_images_of_another_shape_are_refused() -> None:
