@@ -186,6 +186,36 @@ class SplitConfig(Section):
         return self
 
 
+class QualityConfig(Section):
+    """The gate before training: stored images that are flagged QC_* and kept out (infra/benchmarks/quality_gate.py)."""
+
+    min_side_px: int = Field(
+        default=96, ge=1, description="Fewer (0028,0010) Rows or (0028,0011) Columns than this are flagged, px."
+    )
+    max_saturated: Fraction = Field(
+        default=0.7, description="Share of pixels at the darkest, or at the brightest, level that is still accepted."
+    )
+    min_reference: int = Field(
+        default=50, ge=10, description="With fewer normals to compare with, orientation and body part are not judged."
+    )
+    max_reference: Positive = Field(default=5000, description="Normals the comparison is fitted on at most.")
+    components: Positive = Field(default=32, description="Principal components of the normals' thumbnails.")
+    orientation_ratio: float = Field(
+        default=1.65, gt=1, description="An image that fits so many times better turned or inverted is flagged."
+    )
+    max_tail: float = Field(
+        default=4.5,
+        gt=0,
+        description="Accepted distance from the normals, in spreads of their own distances beyond the median.",
+    )
+    duplicate_bits: int = Field(
+        default=7, ge=0, le=64, description="Hash bits in which two pictures that are the same may differ."
+    )
+    duplicate_correlation: Fraction = Field(
+        default=0.99, description="Correlation of thumbnails from which on two pictures are the same."
+    )
+
+
 class ModelConfig(Section):
     """MemMC-MAE.
 
@@ -297,7 +327,8 @@ class TrainConfig(Section):
         "num_workers when absent.",
     )
     strategy: Literal["ddp", "fsdp"] = Field(
-        default="ddp", description="Each worker holds the whole model, or a share of it (for a model too large for one)."
+        default="ddp",
+        description="Each worker holds the whole model, or a share of it (for a model too large for one).",
     )
     accumulate: Positive = Field(default=1, description="Batches per optimiser step.")
     use_gpu: bool | None = Field(default=None, description="One GPU per worker; found out when absent.")
@@ -315,6 +346,14 @@ class TrainConfig(Section):
     checkpoint_seconds: float = Field(default=60.0, gt=0, description="Time between checkpoints, s.")
     max_failures: int = Field(
         default=3, ge=0, description="Worker failures survived by restarting from the last checkpoint."
+    )
+    resume: str = Field(
+        default="auto",
+        description="Go on with an unfinished run of the same images and settings if there is one (auto), with the one "
+        "of this name, or with none (new).",
+    )
+    warm_start: str | None = Field(
+        default=None, description="Model whose averaged weights to start from; random weights when absent."
     )
     hung_seconds: float = Field(
         default=120.0, gt=0, description="A worker without a step for so long is ended and counts as failed, s."
@@ -341,6 +380,9 @@ class ScoreConfig(Section):
     )
     commit_seconds: float = Field(
         default=30.0, gt=0, description="Time between commits of scores; a kill costs at most what was done since, s."
+    )
+    rows_per_shard: Positive = Field(
+        default=1024, description="Scores written together, at most; large maps lower it further."
     )
     num_actors: Positive = Field(default=2, description="Scoring actors.")
     grid: Positive = Field(default=4, description="Side of the coarse grid of residual features, cells [choice].")
@@ -400,6 +442,7 @@ class Config(Section):
     source: SourceConfig = SourceConfig()
     ingest: IngestConfig = IngestConfig()
     split: SplitConfig = SplitConfig()
+    quality: QualityConfig = QualityConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     score: ScoreConfig = ScoreConfig()

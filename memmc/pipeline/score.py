@@ -16,6 +16,7 @@ from memmc.lake.schemas import SCORES
 from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.stream import stream
 from memmc.lake.tables import Lake
+from memmc.lake.vacuum import lease
 from memmc.pipeline.calibrate import has_gpu
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
@@ -85,11 +86,12 @@ def score(
     plan = plan_scores(lake, cohort, ledger, since, limit)
     opened.require({str(plan.preparation["preprocess_id"])})
     run = _Run(config, lake, opened, calibration, cohort, plan, ledger, progress)
-    run.explain()
-    if plan.units:
-        with ray_cluster(config, home, training=False) as ray:
-            progress.stage("score", plan.to_score)
-            run.score(ray)
+    with lease(lake, run.name):
+        run.explain()
+        if plan.units:
+            with ray_cluster(config, home, training=False) as ray:
+                progress.stage("score", plan.to_score)
+                run.score(ray)
     return ScoreResult(
         model=opened.ref,
         calibration_id=calibration["calibration_id"],
@@ -125,12 +127,12 @@ class _Run:
     rate: float = 0.0
     _step: int = 0
     _done: int = 0
-    _name: str = ""
+    name: str = ""
     _began: float = 0.0
     _waiting: list[ShardFile] = field(default_factory=list[ShardFile])
 
     def __post_init__(self) -> None:
-        self._name = f"score-{self.cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+        self.name = f"score-{self.cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
     def explain(self) -> None:
         """Commit a row for each instance that gets no score."""
@@ -197,7 +199,7 @@ class _Run:
         if not self._waiting:
             return
         self._step += 1
-        added = self.ledger.commit(self._waiting, self._name, self._step)
+        added = self.ledger.commit(self._waiting, self.name, self._step)
         self._waiting = []
         self.scored += added.scored if added else 0
 
@@ -228,6 +230,6 @@ class _Run:
             "dataset_version": self.plan.version,
             "preprocess_id": self.model.preprocess_id,
             "scorer": self.calibration["scorer"],
-            "run": self._name,
+            "run": self.name,
             "scored_at": datetime.now(UTC),
         }

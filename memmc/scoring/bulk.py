@@ -23,8 +23,7 @@ from memmc.scoring.batching import LARGEST, find_batch_size
 from memmc.scoring.strata import Judge, stratum_names
 
 KEY_COLUMNS = ("sop_instance_uid", "patient_key", "study_uid")
-_ROWS_PER_SHARD = 1024  # at most; the rows of one shard wait in memory
-_SHARD_BYTES = 64 << 20  # of maps
+_SHARD_BYTES = 64 << 20  # of maps; the rows of one shard wait in memory
 _BATCH_BYTES = 64 << 20  # of pixels that go to an actor at once
 
 _log = logging.getLogger(__name__)
@@ -177,7 +176,7 @@ def score_shards(ray: Any, dataset: Any, job: ScoringJob, storage: Storage, map_
         storage: the lake's.
         map_bytes: of one anomaly map; bounds the rows of a shard.
     """
-    rows = max(1, min(_ROWS_PER_SHARD, _SHARD_BYTES // max(1, map_bytes)))
+    rows = max(1, min(job.score.rows_per_shard, _SHARD_BYTES // max(1, map_bytes)))
     written = _actors(ray, dataset, job).map_batches(
         _write, batch_size=rows, batch_format="pyarrow", fn_kwargs={"storage": storage}
     )
