@@ -23,6 +23,7 @@ from memmc.lake.shards import iter_shard
 from memmc.lake.storage import Storage
 
 if TYPE_CHECKING:
+    import ray
     from ray.data import Dataset
 
 PIXEL_COLUMNS = ("pixels", "height", "width", "channels", "bits")
@@ -37,7 +38,7 @@ def stream(
     *,
     table: str = INSTANCES,
     filter: Filter | None = None,
-    keys: Sequence[str] | None = None,
+    keys: Sequence[str] | ray.ObjectRef[Any] | None = None,
     shuffle_seed: int | None = None,
 ) -> Dataset:
     """Return the rows of committed shards as a lazy Ray dataset, every byte verified.
@@ -49,7 +50,7 @@ def stream(
         parallelism: read tasks; at most one per shard.
         table: the table that the shards belong to.
         filter: which rows to keep.
-        keys: `object_key`s to keep; rows of other keys are dropped.
+        keys: `object_key`s to keep, or a reference to them as an Arrow array; rows of other keys are dropped.
         shuffle_seed: permutes the shards, the same way for the same seed; None keeps their order.
 
     Raises:
@@ -72,7 +73,7 @@ def stream(
         {"path": file.path, "size": file.size, "num_rows": file.num_rows, "partition": json.dumps(dict(file.partition))}
         for file in ordered
     ]
-    wanted = None if keys is None else ray.put(pa.array(keys, pa.string()))
+    wanted = keys if keys is None or isinstance(keys, ray.ObjectRef) else ray.put(pa.array(keys, pa.string()))
     dataset = ray.data.from_items(items, override_num_blocks=max(1, min(parallelism, len(items))))
     task: Any = _read_task  # Ray's type of a batch function knows no further arguments
     return dataset.map_batches(

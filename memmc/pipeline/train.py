@@ -6,24 +6,28 @@ import math
 import tempfile
 import time
 import uuid
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from memmc.config import Config
-from memmc.errors import ConfigError
-from memmc.lake.stream import PIXEL_COLUMNS, stream
+from memmc.errors import ConfigError, ModelError
 from memmc.lake.tables import Lake
+from memmc.model.digest import WEIGHTS_FILE
 from memmc.pipeline.calibrate import calibrate_model
 from memmc.pipeline.cluster import ray_cluster, require_cpus
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.ingest import check_cohort
-from memmc.pipeline.models import open_model, tracking_of
+from memmc.pipeline.models import OpenModel, open_model, tracking_of
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import PlanResult, TrainResult
+from memmc.pipeline.runs import RunRecord, driving, task_of, to_resume, unfinished
 from memmc.pipeline.select import normals, one_preparation
 from memmc.registry.models import register
-from memmc.training.distributed import TrainingJob, fit
+from memmc.registry.tracking import Tracking
+from memmc.training.distributed import Fitted, TrainingJob, fit
+from memmc.training.source import ShardSource
 
 
 def preview(config: Config, cohort: str) -> PlanResult:
@@ -43,74 +47,49 @@ def preview(config: Config, cohort: str) -> PlanResult:
 def train(config: Config, cohort: str, *, progress: Progress | None = None) -> TrainResult:
     """Train on a cohort's normal images, register the model, calibrate it on held-out normals.
 
-    Worker failures restart the run from its last checkpoint (`train.max_failures`).
+    Worker failures restart the run from its last checkpoint (`train.max_failures`); a run whose driver was killed is
+    gone on with by the next call with the same images and settings (`train.resume`).
 
     Raises:
         DataError: no normal images, or images prepared in different ways.
+        ModelError: the model to start from is missing, or of another shape.
         TrainingError: the run failed for good.
-        GateRefused: too few held-out normals to calibrate.
+        GateRefused: too few held-out normals to calibrate, or the run to resume is in progress.
     """
     began = time.monotonic()
     progress = progress or Silent()
     check_cohort(cohort)
     home = home_directory()
     lake = Lake(config.lake.uri)
-    version = lake.version("instances")
-    rows = normals(lake, cohort, "train", version)
-    run = f"train-{cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    job = training_job(config, cohort, version, rows)
     tracking = tracking_of(config, home)
-    tracked = tracking.start_run(
-        f"memmc/{cohort}",
-        run,
-        tags={
-            "run": run,
-            "cohort": cohort,
-            "dataset_version": str(version),
-            "preprocess_id": str(job.description["preprocess_id"]),
-        },
-        params=_params(config),
-    )
-    progress.message(f"{len(rows)} normal images, table version {version}, {config.train.num_workers} workers")
-    progress.stage("start workers")
-    status = "FAILED"
-    try:
-        with ray_cluster(config, home) as ray, tempfile.TemporaryDirectory() as folder:
-            use_gpu = _use_gpu(config, ray)
-            require_cpus(ray, config.train.num_workers, use_gpu)
-            watcher = _Watcher(progress, tracking, tracked, config)
-            filesystem, root = lake.storage.arrow_filesystem()
-            fitted = fit(
-                ray,
-                _images(lake, version, cohort, rows),
-                job,
-                name=run,
-                storage=(filesystem, f"{root}/training"),
-                out=Path(folder),
-                use_gpu=use_gpu,
-                on_metrics=watcher,
-            )
-            watcher.flush()
-            registered = register(
-                tracking,
-                tracked,
-                Path(folder),
-                f"memmc-{cohort}",
-                tags={"cohort": cohort, "dataset_version": str(version)},
-            )
-            model = open_model(config, home, registered.ref)
-            calibration = calibrate_model(config, ray, lake, model, cohort, progress)
-        status = "FINISHED"
-    finally:
-        tracking.end_run(tracked, status)
+    plan, taking_over = _plan(config, home, lake, cohort)
+    with driving(lake.storage, plan.record(tracking, config), taking_over=taking_over) as record:
+        if taking_over:
+            tracking.client.update_run(record.tracked, status="RUNNING")
+            progress.message(f"going on with run {record.run}; train.resume=new begins another")
+        num_images, version = len(plan.rows), record.dataset_version
+        progress.message(f"{num_images} normal images, table version {version}, {config.train.num_workers} workers")
+        progress.stage("start workers")
+        status = "FAILED"
+        try:
+            with ray_cluster(config, home) as ray, tempfile.TemporaryDirectory() as folder:
+                fitted = _fit(config, ray, lake, plan, record, _Watcher(progress, tracking, record.tracked), folder)
+                registered = register(
+                    tracking, record.tracked, Path(folder), f"memmc-{cohort}", tags=_model_tags(plan, record)
+                )
+                model = open_model(config, home, registered.ref)
+                calibration = calibrate_model(config, ray, lake, model, cohort, progress)
+            status = "FINISHED"
+        finally:
+            tracking.end_run(record.tracked, status)
     return TrainResult(
         model=model.ref,
         model_digest=model.digest,
-        run=run,
+        run=record.run,
         cohort=cohort,
         steps=int(fitted.metrics["steps"]),
         loss=float(fitted.metrics["loss"]),
-        num_images=len(rows),
+        num_images=num_images,
         dataset_version=version,
         preprocess_id=model.preprocess_id,
         train_seconds=round(float(fitted.metrics["train_seconds"]), 1),
@@ -119,12 +98,91 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
     )
 
 
-def training_job(config: Config, cohort: str, version: int, rows: list[dict[str, Any]]) -> TrainingJob:
+@dataclass(frozen=True)
+class _Plan:
+    """What a run learns, and the record of the run that is gone on with, if there is one."""
+
+    cohort: str
+    version: int
+    rows: list[dict[str, Any]]
+    job: TrainingJob
+    task: str
+    start: OpenModel | None
+    found: RunRecord | None
+
+    def record(self, tracking: Tracking, config: Config) -> RunRecord:
+        """Return the record to drive under; begins a tracked run for a new one."""
+        if self.found is not None:
+            return self.found
+        run = f"train-{self.cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+        tags = {"run": run, "cohort": self.cohort, "dataset_version": str(self.version)}
+        tags["preprocess_id"] = str(self.job.description["preprocess_id"])
+        if self.start is not None:
+            tags |= {"warm_start": self.start.ref, "warm_start_digest": self.start.digest}
+        tracked = tracking.start_run(f"memmc/{self.cohort}", run, tags=tags, params=_params(config))
+        return RunRecord(run, self.cohort, self.version, self.task, tracked)
+
+
+def _plan(config: Config, home: Path, lake: Lake, cohort: str) -> tuple[_Plan, bool]:
+    """Settle images, start and run; say whether another driver's run is taken over."""
+    start = open_model(config, home, config.train.warm_start) if config.train.warm_start else None
+    wanted = config.train.resume if config.train.resume not in {"auto", "new"} else None
+    named = next((r for r in unfinished(lake.storage, cohort) if r.run == wanted), None) if wanted else None
+    version = named.dataset_version if named else lake.version("instances")
+    rows = normals(lake, cohort, "train", version)
+    job = training_job(config, cohort, version, rows, start)
+    task = task_of(config, (row["object_key"] for row in rows), start.digest if start else "")
+    found = None if config.train.resume == "new" else to_resume(lake.storage, cohort, task, wanted)
+    if found is not None and found.dataset_version != version:
+        # Later versions hold the same training images; the pinned one is the run's.
+        version = found.dataset_version
+        job = training_job(config, cohort, version, rows, start)
+    return _Plan(cohort, version, rows, job, task, start, found), found is not None
+
+
+def _fit(
+    config: Config, ray: Any, lake: Lake, plan: _Plan, record: RunRecord, watcher: _Watcher, folder: str
+) -> Fitted:
+    use_gpu = _use_gpu(config, ray)
+    require_cpus(ray, config.train.min_workers or config.train.num_workers, use_gpu)
+    files = lake.files("instances", plan.version, {"outcome": "stored", "split": "train", "cohort": plan.cohort})
+    keys = [row["object_key"] for row in plan.rows]
+    num_bytes = len(keys) * plan.job.image_size**2 * plan.job.channels * plan.job.bits // 8
+    cached = num_bytes <= config.train.cache_bytes
+    filesystem, root = lake.storage.arrow_filesystem()
+    fitted = fit(
+        ray,
+        ShardSource.open(ray, lake.storage, "instances", files, keys, cached=cached),
+        plan.job,
+        name=record.run,
+        storage=(filesystem, f"{root}/training"),
+        out=Path(folder),
+        use_gpu=use_gpu,
+        on_metrics=watcher,
+        weights=None if plan.start is None else (plan.start.folder / WEIGHTS_FILE).read_bytes(),
+    )
+    watcher.flush()
+    return fitted
+
+
+def _model_tags(plan: _Plan, record: RunRecord) -> dict[str, str]:
+    tags = {"cohort": plan.cohort, "dataset_version": str(record.dataset_version)}
+    return tags | ({"warm_start": plan.start.ref} if plan.start else {})
+
+
+def training_job(
+    config: Config, cohort: str, version: int, rows: list[dict[str, Any]], start: OpenModel | None = None
+) -> TrainingJob:
     """Describe a run from the metadata of its images.
+
+    Args:
+        start: model whose weights, and hence whose mean and standard deviation of pixels, the run begins with.
 
     Raises:
         ConfigError: an image size the patches do not divide.
         DataError: images prepared in different ways.
+        ModelError: the model to start from has another architecture.
+        PreprocessMismatch: it knows pixels prepared otherwise.
     """
     kind = one_preparation(rows)
     if kind["height"] != kind["width"] or kind["height"] % config.model.patch_size:
@@ -133,7 +191,9 @@ def training_job(config: Config, cohort: str, version: int, rows: list[dict[str,
             "choose data.image_size as a multiple of model.patch_size"
         )
     mean, std = pooled_statistics(rows)
-    num_bytes = len(rows) * kind["height"] * kind["width"] * kind["channels"] * kind["bits"] // 8
+    if start is not None:
+        _require_same_shape(config, start, kind)
+        mean, std = float(start.info["pixel_mean"]), float(start.info["pixel_std"])
     return TrainingJob(
         model=config.model,
         train=config.train,
@@ -142,8 +202,6 @@ def training_job(config: Config, cohort: str, version: int, rows: list[dict[str,
         bits=kind["bits"],
         pixel_mean=mean,
         pixel_std=std,
-        num_images=len(rows),
-        cached=num_bytes <= config.train.cache_bytes,
         description={
             "preprocess_id": kind["preprocess_id"],
             "cohort": cohort,
@@ -160,16 +218,22 @@ def pooled_statistics(rows: list[dict[str, Any]]) -> tuple[float, float]:
     return mean, math.sqrt(max(square - mean**2, 1e-8))
 
 
-def _images(lake: Lake, version: int, cohort: str, rows: list[dict[str, Any]]) -> Any:
-    files = lake.files("instances", version, {"outcome": "stored", "split": "train", "cohort": cohort})
-    keys = [row["object_key"] for row in rows]
-    return stream(lake.storage, files, ("sop_instance_uid", *PIXEL_COLUMNS), parallelism=len(files), keys=keys)
+def _require_same_shape(config: Config, start: OpenModel, kind: dict[str, Any]) -> None:
+    start.require({kind["preprocess_id"]})
+    found = {**start.info["model_config"], "image_size": start.info["image_size"], "channels": start.info["channels"]}
+    needed = {**config.model.model_dump(mode="json"), "image_size": kind["height"], "channels": kind["channels"]}
+    odd = sorted(name for name in {*found, *needed} if found.get(name) != needed.get(name))
+    if odd:
+        named = ", ".join(f"{name} is {found.get(name)}, needed {needed.get(name)}" for name in odd[:4])
+        raise ModelError(
+            f"model {start.ref} cannot be started from: {named}; set model.* as it has them, or unset train.warm_start"
+        )
 
 
 def _use_gpu(config: Config, ray: Any) -> bool:
     if config.train.use_gpu is not None:
         return config.train.use_gpu
-    return ray.cluster_resources().get("GPU", 0) >= config.train.num_workers
+    return ray.cluster_resources().get("GPU", 0) >= (config.train.min_workers or config.train.num_workers)
 
 
 def _params(config: Config) -> dict[str, str]:
@@ -181,9 +245,8 @@ def _params(config: Config) -> dict[str, str]:
 class _Watcher:
     """Passes what rank 0 logs to the terminal and the tracking store."""
 
-    def __init__(self, progress: Progress, tracking: Any, run: str, config: Config) -> None:
+    def __init__(self, progress: Progress, tracking: Tracking, run: str) -> None:
         self._progress, self._tracking, self._run = progress, tracking, run
-        self._config = config
         self._started = False
         self._waiting: list[tuple[int, dict[str, float]]] = []
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run in progress: safetensors and JSON only, verified when read.
 
 A checkpoint is a folder with `weights.safetensors`, `average.safetensors`, `optimizer.safetensors` and, written last,
-`state.json` with the counters and the SHA-256 of the others. Randomness needs no file: what a step draws follows
-from (seed, rank, step).
+`state.json` with the counters, the position in the data and the SHA-256 of the others. Randomness needs no file: what
+a step draws follows from (seed, rank, step). Tensors are whole, however many workers hold them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from torch import Tensor
 from memmc.errors import IntegrityError, ModelError
 from memmc.model.mae import MemMCMAE
 from memmc.training.optim import WeightAverage
+from memmc.training.order import Position
+from memmc.training.sharding import spread_like, whole
 
-FORMAT = 1
+FORMAT = 2
 STATE_FILE = "state.json"
 TENSOR_FILES = ("weights.safetensors", "average.safetensors", "optimizer.safetensors")
 
@@ -35,36 +37,61 @@ class RunState:
 
     Attributes:
         step: optimiser steps done.
-        epoch: the next epoch to begin; an epoch cut short is not begun again.
+        position: in the stream of images.
         elapsed_s: wall time of the loop so far, over all attempts, s.
-        images: images seen by all workers.
         seed: of the run.
         losses: of the last steps.
     """
 
     step: int
-    epoch: int
+    position: Position
     elapsed_s: float
-    images: int
     seed: int
     losses: tuple[float, ...] = ()
 
+    @classmethod
+    def of_document(cls, document: dict[str, Any]) -> RunState:
+        """Return the state that `asdict` and JSON have made into plain values."""
+        where = document["position"]
+        position = Position(where["images"], tuple((start, workers) for start, workers in where["cuts"]))
+        values: dict[str, Any] = {**document, "position": position, "losses": tuple(document["losses"])}
+        return cls(**values)
 
-def save_checkpoint(
-    folder: str | Path, model: MemMCMAE, average: WeightAverage, optimizer: torch.optim.Optimizer, state: RunState
-) -> None:
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds besides counters, each tensor whole.
+
+    Attributes:
+        tensors: of weights, average and optimiser, in the order of `TENSOR_FILES`.
+        model: sizes and switches of the model.
+        average_updates: updates of the average.
+    """
+
+    tensors: tuple[dict[str, Tensor], ...]
+    model: dict[str, Any]
+    average_updates: int
+
+
+def collect(model: MemMCMAE, average: WeightAverage, optimizer: torch.optim.Optimizer) -> Content:
+    """Gather what a checkpoint holds; with a sharded model every worker must ask at the same time."""
+    tensors = (model.state_dict(), average.model.state_dict(), _optimizer_tensors(model, optimizer))
+    gathered = tuple({name: whole(value.detach()) for name, value in group.items()} for group in tensors)
+    return Content(gathered, _model_identity(model), average.updates)
+
+
+def save_checkpoint(folder: str | Path, content: Content, state: RunState) -> None:
     """Write a checkpoint; a reader sees all of it or none."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    tensors = (model.state_dict(), average.model.state_dict(), _optimizer_tensors(model, optimizer))
     with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as aside:
-        for name, content in zip(TENSOR_FILES, tensors, strict=True):
-            save_file({key: value.detach().cpu().contiguous() for key, value in content.items()}, Path(aside, name))
+        for name, tensors in zip(TENSOR_FILES, content.tensors, strict=True):
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, Path(aside, name))
         document = {
             "format": FORMAT,
-            "model": _model_identity(model),
+            "model": content.model,
             "state": asdict(state),
-            "average_updates": average.updates,
+            "average_updates": content.average_updates,
             "sha256": {name: _sha256(Path(aside, name)) for name in TENSOR_FILES},
         }
         Path(aside, STATE_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
@@ -98,11 +125,17 @@ def load_checkpoint(
         except (OSError, SafetensorError) as error:
             raise ModelError(f"checkpoint file {name} cannot be read ({type(error).__name__})") from None
     weights, averages, moments = content
-    model.load_state_dict(weights)
-    average.model.load_state_dict(averages)
+    load_whole(model, weights)
+    load_whole(average.model, averages)
     average.updates = int(document["average_updates"])
     _restore_optimizer(model, optimizer, moments)
-    return RunState(**(document["state"] | {"losses": tuple(document["state"]["losses"])}))
+    return RunState.of_document(document["state"])
+
+
+def load_whole(model: MemMCMAE, weights: dict[str, Tensor]) -> None:
+    """Give a model, sharded or not, these weights."""
+    own = model.state_dict()
+    model.load_state_dict({name: spread_like(value, own[name]) for name, value in weights.items()})
 
 
 def _model_identity(model: MemMCMAE) -> dict[str, Any]:
@@ -140,7 +173,12 @@ def _restore_optimizer(model: MemMCMAE, optimizer: torch.optim.Optimizer, tensor
         by_name.setdefault(name, {})[key] = value
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    state = {number: by_name[name] for number, name in enumerate(order) if name in by_name}
+    like = dict(model.named_parameters())
+    state = {
+        number: {key: spread_like(value, like[name]) for key, value in by_name[name].items()}
+        for number, name in enumerate(order)
+        if name in by_name
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

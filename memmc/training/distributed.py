@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import Any
 
 from memmc.config import ModelConfig, TrainConfig
 from memmc.errors import MemmcError, TrainingError
+from memmc.training.source import ShardSource
 
 _POLL_S = 1.0
 _MODEL = "model"
+_SLOWEST_START_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,6 @@ class TrainingJob:
         bits: of the stored pixels; 2**bits - 1 becomes 1.0.
         pixel_mean: of the training images, in [0, 1].
         pixel_std: of the training images, in [0, 1].
-        num_images: training images over all workers.
-        cached: each worker keeps its share in memory.
         description: preprocess_id, cohort, dataset_version and config_id, for the model's description.
     """
 
@@ -40,8 +40,6 @@ class TrainingJob:
     bits: int
     pixel_mean: float
     pixel_std: float
-    num_images: int
-    cached: bool
     description: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,7 +52,7 @@ class Fitted:
 
 def fit(
     ray: Any,
-    dataset: Any,
+    source: ShardSource,
     job: TrainingJob,
     *,
     name: str,
@@ -62,36 +60,46 @@ def fit(
     out: Path,
     use_gpu: bool,
     on_metrics: Callable[[dict[str, Any]], None],
+    weights: bytes | None = None,
 ) -> Fitted:
     """Train on a connected Ray cluster; a run of the same name and storage resumes.
 
     Args:
-        dataset: Ray Dataset of Arrow rows with `sop_instance_uid` and `pixels`.
+        source: the training images.
         storage: pyarrow file system and path below which the run keeps its checkpoints.
         out: folder to receive the model.
         on_metrics: called in this process, in order, for everything rank 0 logs.
+        weights: of a model to start from, as safetensors; random ones when absent.
 
     Raises:
         TrainingError: the loop failed more often than `train.max_failures`, or for good.
     """
-    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    config = job.train
+    # A worker that is stopped answers no call of the controller's; Ray's own patience is ten minutes.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hung_seconds)
     board = ray.remote(num_cpus=0)(Board).remote()
     filesystem, path = storage
+    workers = config.num_workers if config.min_workers is None else (config.min_workers, config.num_workers)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "board": board},
-        scaling_config=ScalingConfig(num_workers=job.train.num_workers, use_gpu=use_gpu),
-        datasets={"train": dataset},
-        # A cached share is settled by UID, so each worker looks at all rows once and keeps its own.
-        dataset_config=DataConfig(datasets_to_split=[] if job.cached else "all"),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=300),
+        train_loop_config={
+            "job": job,
+            "source": source,
+            "board": board,
+            "weights": None if weights is None else ray.put(weights),
+        },
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=round(max(config.hung_seconds, _SLOWEST_START_S))
+        ),
         run_config=RunConfig(
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=job.train.max_failures),
+            failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
@@ -103,11 +111,11 @@ def fit(
     if result.checkpoint is None:
         raise TrainingError(f"training run {name} ended without a checkpoint; see its folder in the lake")
     with result.checkpoint.as_directory() as folder:
-        source = Path(folder) / _MODEL
-        if not source.is_dir():
+        finished = Path(folder) / _MODEL
+        if not finished.is_dir():
             raise TrainingError(f"training run {name} ended without a model; run it again to resume")
         out.mkdir(parents=True, exist_ok=True)
-        for file in source.iterdir():
+        for file in finished.iterdir():
             (out / file.name).write_bytes(file.read_bytes())
     return Fitted(metrics=dict(result.metrics or {}))
 
@@ -149,34 +157,6 @@ def _forward(ray: Any, board: Any, on_metrics: Callable[[dict[str, Any]], None])
             on_metrics(row)
 
 
-class RayPeers:
-    """Agreement between the workers of a Ray Train run."""
-
-    def __init__(self, device: Any) -> None:
-        self._device = device
-
-    def broadcast_float(self, value: float) -> float:
-        """Return rank 0's value on every rank."""
-        import torch
-        import torch.distributed as dist
-
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return value
-        tensor = torch.tensor([value], dtype=torch.float64, device=self._device)
-        dist.broadcast(tensor, src=0)
-        return float(tensor.item())
-
-    def wrap(self, model: Any) -> Any:
-        """Return the model with gradients averaged over workers."""
-        import torch.distributed as dist
-        from torch.nn.parallel import DistributedDataParallel
-
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return model
-        devices = [self._device.index] if self._device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-
-
 def _worker(settings: dict[str, Any]) -> None:
     import ray
     import ray.train
@@ -186,9 +166,13 @@ def _worker(settings: dict[str, Any]) -> None:
 
     from memmc.model.artifact import ModelInfo, export_model
     from memmc.model.mae import MemMCMAE
+    from memmc.training.feed import PinnedFeed
     from memmc.training.loop import train
+    from memmc.training.peers import Alone, Group
+    from memmc.training.watchdog import Watchdog
 
     job: TrainingJob = settings["job"]
+    source: ShardSource = settings["source"]
     board = settings["board"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -197,21 +181,33 @@ def _worker(settings: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     torch.manual_seed(job.train.seed)
     model = MemMCMAE(job.model, job.image_size, job.channels).to(device)
+    if settings["weights"] is not None:
+        from safetensors.torch import load
+
+        model.load_state_dict(load(ray.get(settings["weights"])))
+    feed = source.feed(job.train, rank)
+    if device.type == "cuda":
+        feed = PinnedFeed(feed)
+    saves: list[Callable[[Path], None]] = []
 
     def on_log(metrics: dict[str, Any]) -> None:
         if rank == 0:
             board.pin.remote(metrics)
 
-    def on_checkpoint(save: Callable[[Path], None], metrics: dict[str, Any]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
+    def report(save: Callable[[Path], None], metrics: dict[str, Any]) -> None:
+        with watchdog.away(), tempfile.TemporaryDirectory() as folder:
             if rank == 0:
                 save(Path(folder))
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
 
+    def on_checkpoint(save: Callable[[Path], None], metrics: dict[str, Any]) -> None:
+        saves[:] = [save]
+        report(save, metrics)
+
     def run(resume_from: Path | None) -> Any:
         return train(
             model,
-            _feed(job, ray.train.get_dataset_shard("train"), rank, world_size),
+            feed,
             job.train,
             pixel_mean=job.pixel_mean,
             pixel_std=job.pixel_std,
@@ -219,54 +215,36 @@ def _worker(settings: dict[str, Any]) -> None:
             device=device,
             world_size=world_size,
             rank=rank,
-            sync=RayPeers(device),
+            sync=Group(device, job.train.strategy) if world_size > 1 else Alone(),
             resume_from=resume_from,
+            on_step=watchdog.beat,
             on_log=on_log,
             on_checkpoint=on_checkpoint,
         )
 
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        outcome = run(None)
-    else:
-        with checkpoint.as_directory() as folder:
-            outcome = run(Path(folder))
-
-    def save_model(folder: Path) -> None:
-        steps, seconds = outcome.steps, round(outcome.train_seconds, 1)
+    def save_finished(folder: Path) -> None:
+        """Keep the run's state beside the model: a driver killed before it has registered the model comes back here."""
+        saves[-1](folder)
         info = ModelInfo(
             image_size=job.image_size,
             channels=job.channels,
             pixel_mean=job.pixel_mean,
             pixel_std=job.pixel_std,
-            steps=steps,
-            train_seconds=seconds,
+            steps=outcome.steps,
+            train_seconds=round(outcome.train_seconds, 1),
             seed=job.train.seed,
             **job.description,
         )
         export_model(folder / _MODEL, outcome.ema_model, info)
 
-    on_checkpoint(save_model, outcome.as_dict())
-
-
-def _feed(job: TrainingJob, shard: Any, rank: int, world_size: int) -> Any:
-    from memmc.training.feed import CachedFeed, StreamedFeed
-
-    if job.cached:
-        tables: Iterable[Any] = shard.iter_batches(batch_size=1024, batch_format="pyarrow", prefetch_batches=2)
-        return CachedFeed(tables, job.train.batch_size, job.train.seed, rank, world_size)
-
-    def tables_of(rows: int, window: int, seed: int) -> Iterable[Any]:
-        return shard.iter_batches(
-            batch_size=rows,
-            batch_format="pyarrow",
-            prefetch_batches=4,
-            drop_last=True,
-            local_shuffle_buffer_size=window,
-            local_shuffle_seed=seed,
-        )
-
-    return StreamedFeed(tables_of, job.train.batch_size, job.train.seed)
+    checkpoint = ray.train.get_checkpoint()
+    with Watchdog(job.train.hung_seconds).guarding() as watchdog:
+        if checkpoint is None:
+            outcome = run(None)
+        else:
+            with checkpoint.as_directory() as folder:
+                outcome = run(Path(folder))
+        report(save_finished, outcome.as_dict())
 
 
 def _root_cause(error: BaseException) -> str:

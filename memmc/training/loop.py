@@ -11,14 +11,13 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from memmc.config import TrainConfig
@@ -26,13 +25,15 @@ from memmc.errors import TrainingError
 from memmc.model.mae import MemMCMAE
 from memmc.model.masking import random_ids_keep
 from memmc.training.augment import augment, standardise
-from memmc.training.checkpoint import RunState, load_checkpoint, save_checkpoint
+from memmc.training.checkpoint import RunState, collect, load_checkpoint, save_checkpoint
+from memmc.training.feed import Batch, Feed
 from memmc.training.optim import WeightAverage, learning_rate, make_optimizer, set_learning_rate
+from memmc.training.order import Position
+from memmc.training.peers import Alone, Sync
+from memmc.training.sharding import whole
 
 logger = logging.getLogger(__name__)
 
-Pixels = NDArray[np.unsignedinteger] | Tensor
-Batches = Callable[[int], Iterable[Pixels]]
 Save = Callable[[Path], None]
 Metrics = dict[str, int | float]
 
@@ -45,29 +46,8 @@ EARLY_STEPS = (1, 2, 4)
 LOSS_STEPS = 32
 """Steps over which the reported loss is the mean."""
 
-
-class Sync(Protocol):
-    """What a loop needs from its fellow workers."""
-
-    def broadcast_float(self, value: float) -> float:
-        """Return rank 0's value on every rank."""
-        ...
-
-    def wrap(self, model: MemMCMAE) -> nn.Module:
-        """Return the module to call in the forward pass, its gradients averaged over the ranks."""
-        ...
-
-
-class Alone:
-    """The only worker."""
-
-    def broadcast_float(self, value: float) -> float:
-        """Return the value."""
-        return value
-
-    def wrap(self, model: MemMCMAE) -> nn.Module:
-        """Return the model."""
-        return model
+NAMED_IMAGES = 16
+"""Images of a bad batch that an error names."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +118,7 @@ class _Clock:
 
 def train(
     model: MemMCMAE,
-    batches: Batches,
+    feed: Feed,
     config: TrainConfig,
     *,
     bits: int,
@@ -149,6 +129,7 @@ def train(
     rank: int = 0,
     sync: Sync | None = None,
     resume_from: str | Path | None = None,
+    on_step: Callable[[], None] | None = None,
     on_log: Callable[[Metrics], None] | None = None,
     on_checkpoint: Callable[[Save, Metrics], None] | None = None,
 ) -> TrainOutcome:
@@ -156,24 +137,25 @@ def train(
 
     Args:
         model: trained in place; must start equal on all ranks.
-        batches: called with the epoch's number, gives that epoch's batches of shape (B, H, W, C), unsigned integers
-            as stored. Called again for the next epoch when one ends; ranks need as many batches as each other.
+        feed: gives this rank's batches of shape (B, H, W, C), unsigned integers as stored, from a position on,
+            without end; every batch holds `batch_size` images.
         config: the recipe.
         bits: of a stored pixel.
         pixel_mean: of the training images in [0, 1].
         pixel_std: of the training images, above 0.
-        device: where to compute; bf16 autocast on CUDA, float32 elsewhere.
-        world_size: number of workers.
+        device: where to compute; bf16 autocast on CUDA that has it, float32 elsewhere.
+        world_size: number of workers; a resumed run may have another number than before.
         rank: of this worker.
         sync: the fellow workers; none when absent.
         resume_from: folder of a checkpoint to go on from.
+        on_step: called after every step.
         on_log: given step, epoch, progress, loss, lr, grad_norm, images_per_s (all workers), data_wait (share of
             the time spent waiting for batches) and elapsed_s, on every rank, every few steps.
         on_checkpoint: called on every rank every `checkpoint_seconds` and at the end, with a function that writes
             the checkpoint into a folder (one rank is enough) and the latest metrics.
 
     Raises:
-        TrainingError: an epoch without batches, a batch of the wrong shape, a loss or gradient that is not finite.
+        TrainingError: no images, a batch of the wrong shape, a loss or gradient that is not finite.
         IntegrityError: the checkpoint's files were altered.
         ModelError: the checkpoint is unfinished or of another model.
     """
@@ -181,7 +163,7 @@ def train(
     run = _Run(model.to(device), config, spec, torch.device(device), world_size, rank, sync or Alone())
     if resume_from is not None:
         run.resume(resume_from)
-    return run.run(batches, on_log, on_checkpoint)
+    return run.run(feed, on_step, on_log, on_checkpoint)
 
 
 class _Run:
@@ -199,40 +181,45 @@ class _Run:
     ) -> None:
         self.model, self.config, self.spec, self.device = model, config, spec, device
         self.world_size, self.rank, self.sync = world_size, rank, sync
-        self.optimizer = make_optimizer(model, config)
         self.average = WeightAverage(model, config.ema_decay)
-        self.state = RunState(step=0, epoch=0, elapsed_s=0.0, images=0, seed=config.seed)
-        self.pending: list[tuple[int, Tensor, Tensor]] = []
+        self.wrapped = sync.wrap(model, self.average.model)
+        self.optimizer = make_optimizer(model, config)
+        self.state = RunState(step=0, position=Position(0, ((0, world_size),)), elapsed_s=0.0, seed=config.seed)
+        self.pending: list[tuple[int, Tensor, Tensor, list[Batch]]] = []
         self.losses: deque[float] = deque(maxlen=LOSS_STEPS)
         self.last_norm = math.nan
+        self.num_images = 0
 
     def resume(self, folder: str | Path) -> None:
-        self.state = load_checkpoint(folder, self.model, self.average, self.optimizer)
+        state = load_checkpoint(folder, self.model, self.average, self.optimizer)
+        self.state = replace(state, position=state.position.shared_by(self.world_size))
         self.losses.extend(self.state.losses)
         logger.info("resumed at step %d after %.0f s", self.state.step, self.state.elapsed_s)
 
     def run(
         self,
-        batches: Batches,
+        feed: Feed,
+        on_step: Callable[[], None] | None,
         on_log: Callable[[Metrics], None] | None,
         on_checkpoint: Callable[[Save, Metrics], None] | None,
     ) -> TrainOutcome:
-        wrapped = self.sync.wrap(self.model).train()
+        self.num_images = feed.num_images
+        self.wrapped.train()
         clock = _Clock(self.config, self.sync, self.state)
-        stream = self._stream(batches)
-        window = _Window(self.state.images)
+        window = _Window(feed(self.state.position), self.state.position.images)
         metrics: Metrics = {}
         first, saved_s = self.state.step, self.state.elapsed_s
         while (progress := clock.progress(self.state.step)) < 1.0:
-            pixels = window.wait_for(stream)
-            rate = learning_rate(progress, self.config, self.config.batch_size * self.world_size)
-            self._step(wrapped, pixels, rate)
+            rate = learning_rate(progress, self.config, self._global_batch)
+            self._step([window.next_batch() for _ in range(self.config.accumulate)], rate)
+            if on_step is not None:
+                on_step()
             if self.state.step - first in EARLY_STEPS:
                 clock.agree(self.state.step)
             if self.state.step % AGREE_STEPS == 0:
                 elapsed_s = clock.agree(self.state.step)
                 self._check_finite()
-                metrics = self._metrics(progress, rate, elapsed_s) | window.close(self.state.images)
+                metrics = self._metrics(progress, rate, elapsed_s) | window.close(self.state.position.images)
                 if on_log is not None:
                     on_log(metrics)
                 if on_checkpoint is not None and elapsed_s - saved_s >= self.config.checkpoint_seconds:
@@ -241,78 +228,91 @@ class _Run:
         self._check_finite()
         seconds = clock.own_s
         if not metrics:
-            metrics = self._metrics(1.0, 0.0, seconds) | window.close(self.state.images)
+            metrics = self._metrics(1.0, 0.0, seconds) | window.close(self.state.position.images)
         if on_checkpoint is not None:
             on_checkpoint(self._saver(clock), metrics)
         return TrainOutcome(
-            ema_model=self.average.model,
+            ema_model=self._whole_average(),
             steps=self.state.step,
-            epochs=self.state.epoch,
+            epochs=math.ceil(self.state.position.images / self.num_images) if self.num_images else 0,
             train_seconds=seconds,
             loss=self._recent_loss(),
-            images=self.state.images,
+            images=self.state.position.images,
         )
 
-    def _stream(self, batches: Batches) -> Iterator[Pixels]:
-        while True:
-            epoch, empty = self.state.epoch, True
-            self.state = replace(self.state, epoch=epoch + 1)
-            for pixels in batches(epoch):
-                empty = False
-                yield pixels
-            if empty:
-                raise TrainingError(f"epoch {epoch} has no batches for rank {self.rank}; are there training images?")
+    @property
+    def _global_batch(self) -> int:
+        return self.config.batch_size * self.world_size * self.config.accumulate
 
-    def _step(self, wrapped: nn.Module, pixels: Pixels, rate: float) -> None:
+    def _step(self, batches: list[Batch], rate: float) -> None:
         """One optimiser step; loss and gradient norm are kept aside, so that a GPU need not be waited for."""
-        images_BCHW, ids_keep_BK = self._inputs(pixels)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss: Tensor = wrapped(images_BCHW, ids_keep_BK).loss
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
-        if self.device.type != "cuda" and not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-            self._fail(self.state.step, loss.item(), norm.item())
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            images_BCHW, ids_keep_BK = self._inputs(batch, self.state.step * len(batches) + number)
+            with nullcontext() if last else self.sync.accumulating(self.wrapped):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=_has_bf16(self.device)):
+                    loss: Tensor = self.wrapped(images_BCHW, ids_keep_BK).loss / len(batches)
+                loss.backward()
+            total += loss.detach()
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)).detach()
+        self.pending.append((self.state.step, total, norm, batches))
+        if self.device.type != "cuda":
+            self._check_finite()
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.average.update(self.model)
-        images = self.state.images + len(images_BCHW) * self.world_size
-        self.state = replace(self.state, step=self.state.step + 1, images=images)
-        self.pending.append((self.state.step, loss.detach(), norm.detach()))
+        position = replace(self.state.position, images=self.state.position.images + self._global_batch)
+        self.state = replace(self.state, step=self.state.step + 1, position=position)
 
-    def _inputs(self, pixels: Pixels) -> tuple[Tensor, Tensor]:
-        """Return augmented images and their visible patches; both follow from (seed, rank, step) alone."""
-        model, spec = self.model, self.spec
-        expected = (model.image_size, model.image_size, model.channels)
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected or len(pixels) == 0:
-            raise TrainingError(f"batch of shape {tuple(pixels.shape)}; this model takes (images, *{expected})")
+    def _inputs(self, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
+        """Return augmented images and their visible patches; both follow from (seed, rank, number) alone."""
+        model, spec, pixels = self.model, self.spec, batch.pixels
+        expected = (self.config.batch_size, model.image_size, model.image_size, model.channels)
+        if tuple(pixels.shape) != expected:
+            raise TrainingError(f"batch of shape {tuple(pixels.shape)}; this run takes {expected}")
         images_BCHW = standardise(
             pixels, bits=spec.bits, pixel_mean=spec.pixel_mean, pixel_std=spec.pixel_std, device=self.device
         )
-        generator = torch.Generator().manual_seed(step_seed(self.config.seed, self.rank, self.state.step))
+        generator = torch.Generator().manual_seed(step_seed(self.config.seed, self.rank, number))
         images_BCHW = augment(images_BCHW, self.config.crop_scale, self.config.rotate_degrees, generator)
         ids_keep_BK = random_ids_keep(len(images_BCHW), model.num_patches, model.num_keep, generator)
         return images_BCHW, ids_keep_BK.to(self.device, non_blocking=True)
 
     def _check_finite(self) -> None:
-        """Move pending losses to the list of losses; fail on the first that is not finite."""
-        for step, loss, norm in self.pending:
-            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-                self._fail(step - 1, loss.item(), norm.item())
+        """Move pending losses to the list of losses; fail on the first gradient that is not finite.
+
+        The norm is of the gradient averaged over ranks, so that all ranks find the same step.
+        """
+        for step, loss, norm, batches in self.pending:
+            self.last_norm = norm.item()
+            if not math.isfinite(self.last_norm):
+                self._fail(step, loss.item(), batches)
             self.losses.append(loss.item())
-        self.last_norm = self.pending[-1][2].item() if self.pending else math.nan
         self.pending.clear()
 
-    def _fail(self, step: int, loss: float, norm: float) -> NoReturn:
+    def _fail(self, step: int, loss: float, batches: list[Batch]) -> NoReturn:
+        """Name the batch of each rank whose loss is not finite; of all ranks when only the gradient is."""
+        uids = [uid for batch in batches for uid in batch.uids]
+        more = f" and {len(uids) - NAMED_IMAGES} more" if len(uids) > NAMED_IMAGES else ""
+        named = f"rank {self.rank}, loss {loss:.4g}: {', '.join(uids[:NAMED_IMAGES]) or 'unnamed images'}{more}"
+        bad, fine = "bad:", "fine:"
+        texts = self.sync.texts((fine if math.isfinite(loss) else bad) + named)
+        chosen = [text.removeprefix(bad) for text in texts if text.startswith(bad)]
+        chosen = chosen or [text.removeprefix(fine) for text in texts]
+        epoch = (self.state.position.images - 1 if step < self.state.step else self.state.position.images) // (
+            self.num_images or 1
+        )
         raise TrainingError(
-            f"step {step} (epoch {self.state.epoch - 1}, rank {self.rank}): loss {loss}, gradient norm {norm}; "
-            "lower train.base_lr, or look for broken pixels in that epoch"
+            f"step {step} (epoch {epoch}): gradient norm {self.last_norm}; {'; '.join(chosen)}. "
+            "Lower train.base_lr, or look at these images (sop_instance_uid)"
         )
 
     def _metrics(self, progress: float, rate: float, elapsed_s: float) -> Metrics:
         return {
             "step": self.state.step,
-            "epoch": self.state.epoch - 1,
+            "epoch": (self.state.position.images - 1) // self.num_images if self.state.position.images else 0,
             "progress": min(progress, 1.0),
             "loss": self._recent_loss(),
             "lr": rate,
@@ -325,24 +325,35 @@ class _Run:
 
     def _saver(self, clock: _Clock) -> Save:
         state = replace(self.state, elapsed_s=clock.own_s, losses=tuple(self.losses))
+        content = collect(self.model, self.average, self.optimizer)
 
         def save(folder: Path) -> None:
-            save_checkpoint(folder, self.model, self.average, self.optimizer, state)
+            save_checkpoint(folder, content, state)
 
         return save
 
+    def _whole_average(self) -> MemMCMAE:
+        """Return the average with all of its weights on this worker."""
+        average = self.average.model
+        copy = MemMCMAE(average.config, average.image_size, average.channels).eval().requires_grad_(False)
+        copy.load_state_dict({name: whole(value) for name, value in average.state_dict().items()})
+        return copy.to(self.device)
+
 
 class _Window:
-    """Time and images since the last log entry."""
+    """Batches, and the time spent on them since the last log entry."""
 
-    def __init__(self, images: int) -> None:
-        self._images, self._start, self._waited_s = images, time.monotonic(), 0.0
+    def __init__(self, stream: Iterator[Batch], images: int) -> None:
+        self._stream, self._images = stream, images
+        self._start, self._waited_s = time.monotonic(), 0.0
 
-    def wait_for(self, stream: Iterator[Pixels]) -> Pixels:
+    def next_batch(self) -> Batch:
         began = time.monotonic()
-        pixels = next(stream)
+        batch = next(self._stream, None)
+        if batch is None:
+            raise TrainingError("the batches came to an end; are there training images?")
         self._waited_s += time.monotonic() - began
-        return pixels
+        return batch
 
     def close(self, images: int) -> Metrics:
         """Return the rates of the window and begin the next one."""
@@ -357,3 +368,7 @@ def step_seed(seed: int, rank: int, step: int) -> int:
     """Return a 63-bit seed that differs for every (seed, rank, step), so that a resumed run draws as before."""
     digest = hashlib.sha256(f"{seed}/{rank}/{step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _has_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

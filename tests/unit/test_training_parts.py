@@ -14,13 +14,14 @@ from memmc.config import ModelConfig, TrainConfig
 from memmc.errors import IntegrityError, ModelError
 from memmc.model.mae import MemMCMAE
 from memmc.training.augment import augment, random_affines, standardise
-from memmc.training.checkpoint import RunState, load_checkpoint, save_checkpoint
+from memmc.training.checkpoint import RunState, collect, load_checkpoint, save_checkpoint
 from memmc.training.optim import WeightAverage, learning_rate, make_optimizer, set_learning_rate
+from memmc.training.order import Position
 
 MODEL = ModelConfig(
     encoder_dim=16, encoder_depth=2, encoder_heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2, memory_slots=3
 )
-STATE = RunState(step=2, epoch=1, elapsed_s=3.5, images=8, seed=4, losses=(0.5, 0.25))
+STATE = RunState(step=2, position=Position(8, ((0, 2), (4, 1))), elapsed_s=3.5, seed=4, losses=(0.5, 0.25))
 
 
 def build(seed: int = 0) -> tuple[MemMCMAE, WeightAverage, torch.optim.AdamW]:
@@ -122,7 +123,7 @@ def test_augment_never_mirrors_and_is_seeded() -> None:
 
 def test_checkpoint_round_trip(tmp_path: Path) -> None:
     model, average, optimizer = stepped()
-    save_checkpoint(tmp_path / "c", model, average, optimizer, STATE)
+    save_checkpoint(tmp_path / "c", collect(model, average, optimizer), STATE)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
         "average.safetensors",
         "optimizer.safetensors",
@@ -144,7 +145,7 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
 def test_second_save_replaces_the_first(tmp_path: Path) -> None:
     for seed in range(2):
         model, average, optimizer = stepped(seed)
-        save_checkpoint(tmp_path, model, average, optimizer, STATE)
+        save_checkpoint(tmp_path, collect(model, average, optimizer), STATE)
     other, other_average, other_optimizer = build(5)
     load_checkpoint(tmp_path, other, other_average, other_optimizer)
     assert torch.equal(other.decoder.mask_token, model.decoder.mask_token)
@@ -152,7 +153,7 @@ def test_second_save_replaces_the_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "average.safetensors", "optimizer.safetensors"])
 def test_a_flipped_bit_is_noticed_and_changes_nothing(tmp_path: Path, name: str) -> None:
-    save_checkpoint(tmp_path, *stepped(), STATE)
+    save_checkpoint(tmp_path, collect(*stepped()), STATE)
     content = bytearray((tmp_path / name).read_bytes())
     content[-3] ^= 1
     (tmp_path / name).write_bytes(bytes(content))
@@ -167,14 +168,14 @@ def test_a_flipped_bit_is_noticed_and_changes_nothing(tmp_path: Path, name: str)
 def test_unfinished_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"without a readable state\.json"):
         load_checkpoint(tmp_path, *build())
-    save_checkpoint(tmp_path, *stepped(), STATE)
+    save_checkpoint(tmp_path, collect(*stepped()), STATE)
     torch.manual_seed(0)
     wider = MemMCMAE(MODEL.model_copy(update={"memory_slots": 4}), 32)
     with pytest.raises(ModelError, match="another model configuration"):
         load_checkpoint(tmp_path, wider, WeightAverage(wider, 0.9), make_optimizer(wider, TrainConfig()))
     document = json.loads((tmp_path / "state.json").read_text())
     (tmp_path / "state.json").write_text(json.dumps(document | {"format": 9}))
-    with pytest.raises(ModelError, match="format 1"):
+    with pytest.raises(ModelError, match="format 2"):
         load_checkpoint(tmp_path, *build())
     (tmp_path / "state.json").write_text(json.dumps(document))
     (tmp_path / "average.safetensors").unlink()
