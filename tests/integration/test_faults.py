@@ -14,13 +14,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from memmc.config import load_config
 from memmc.lake.tables import Lake
 from memmc.pipeline.ingest import ingest
 from memmc.pipeline.progress import Silent
+from memmc.pipeline.runs import unfinished
 from memmc.pipeline.train import train
 
 pytestmark = pytest.mark.slow
 
+_TRAIN = (
+    "import sys; from memmc.config import load_config; from memmc.pipeline.train import train;"
+    "train(load_config(overrides=sys.argv[1:]), 'cxr')"
+)
 _INGEST = (
     "import sys; from memmc.config import load_config; from memmc.pipeline.ingest import ingest;"
     "config = load_config(overrides=['lake.uri=killed', 'ingest.objects_per_task=16']);"
@@ -60,27 +66,29 @@ def test_an_ingest_killed_half_way_leaves_no_trace_and_the_next_completes(inside
     assert len(stored) == len(set(stored))
 
 
-class _KillsAWorker(Silent):
-    """Kills one training worker, once, after the controller has taken note of a checkpoint."""
+def _checkpoints(lake: Path) -> str:
+    """What a restart would find: files alone do not count, the snapshot must name them."""
+    snapshots = (lake / "training").glob("*/checkpoint_manager_snapshot.json")
+    return "".join(text for path in snapshots if "checkpoint_" in (text := path.read_text()))
 
-    def __init__(self, lake: Path) -> None:
-        self.lake, self.killed = lake, threading.Event()
+
+class _HitsAWorker(Silent):
+    """Sends one training worker a signal, once, after the controller has taken note of a new checkpoint."""
+
+    def __init__(self, lake: Path, blow: signal.Signals) -> None:
+        self.lake, self.blow, self.killed = lake, blow, threading.Event()
+        self.before = _checkpoints(lake)
         self.steps: list[int] = []
-
-    def _has_checkpoint(self) -> bool:
-        """Whether a restart would find one: files alone do not count, the snapshot must name them."""
-        snapshots = (self.lake / "training").glob("*/checkpoint_manager_snapshot.json")
-        return any("checkpoint_" in path.read_text() for path in snapshots)
 
     def advance(self, done: float, note: str = "") -> None:
         if not note.startswith("step"):
             return
         self.steps.append(int(note.split()[1]))
-        if not self.killed.is_set() and self._has_checkpoint():
+        if not self.killed.is_set() and _checkpoints(self.lake) != self.before:
             mine = psutil.Process().children(recursive=True)
             workers = [process for process in mine if "RayTrainWorker" in " ".join(process.cmdline())]
             assert workers, "no training worker found"
-            os.kill(workers[-1].pid, signal.SIGKILL)
+            os.kill(workers[-1].pid, self.blow)
             self.killed.set()
 
 
@@ -88,7 +96,7 @@ def test_training_goes_on_from_its_checkpoint_when_a_worker_is_killed(inside, tm
     """In a copy of the lake with a registry of its own, so that the other tests see one model."""
     shutil.copytree("lake/instances", tmp_path / "lake" / "instances")
     monkeypatch.chdir(tmp_path)
-    watcher = _KillsAWorker(Path("lake"))
+    watcher = _HitsAWorker(Path("lake"), signal.SIGKILL)
     config = inside.config.model_copy(
         update={
             "train": inside.config.train.model_copy(
@@ -101,3 +109,31 @@ def test_training_goes_on_from_its_checkpoint_when_a_worker_is_killed(inside, tm
     assert result.steps == 120
     restarts = [b for a, b in zip(watcher.steps, watcher.steps[1:], strict=False) if b <= a]
     assert all(step > 8 for step in restarts), "the run began again instead of resuming"
+
+
+def test_a_killed_driver_is_followed_by_one_that_goes_on_and_a_stopped_worker_is_noticed(
+    inside, settings, tmp_path, monkeypatch
+):
+    """Kill -9 of the driver and its whole cluster, then SIGSTOP of a worker of the next driver."""
+    shutil.copytree("lake/instances", tmp_path / "lake" / "instances")
+    monkeypatch.chdir(tmp_path)
+    bounds = ["train.max_steps=160", "train.max_minutes=4", "train.checkpoint_seconds=2", "train.hung_seconds=15"]
+    overrides = [*settings, *bounds]
+    victim = subprocess.Popen(
+        [sys.executable, "-c", _TRAIN, *overrides], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 180
+    while not _checkpoints(Path("lake")) and time.monotonic() < deadline:
+        assert victim.poll() is None, "training ended before it could be killed"
+        time.sleep(0.05)
+    for process in _tree(victim.pid):
+        process.kill()
+    victim.wait()
+    (begun,) = Path("lake/training").glob("train-*")
+    watcher = _HitsAWorker(Path("lake"), signal.SIGSTOP)
+    result = train(load_config(overrides=overrides), "cxr", progress=watcher)
+    assert result.run == begun.name
+    assert result.steps == 160
+    assert watcher.killed.is_set()
+    assert watcher.steps[0] > 8, "the run began again instead of resuming"
+    assert unfinished(Lake("lake").storage, "cxr") == []
