@@ -1,6 +1,6 @@
-"""What the memory of each encoder layer is used for; computed on request, never while training.
+"""What the memory of each encoder layer and the levels of the decoder are used for; computed on request alone.
 
-Shape legend: B images, S layers, h heads, N tokens, M memory slots, K visible patches.
+Shape legend: B images, S layers or levels, h heads, N tokens, M memory slots, K visible patches, L queries.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from memmc.model.attention import MemoryAttention
+from memmc.model.decoder import LevelCrossAttention
 from memmc.model.mae import MemMCMAE
+
+_SHUT = -1e4
 
 
 @dataclass(frozen=True)
@@ -96,3 +99,56 @@ def _layer_usage(layer: MemoryAttention, tokens_BND: Tensor) -> LayerMemory:
         entropy=float(entropy / maximum),
         uniform_mass=layer.memory_slots / key.shape[2],
     )
+
+
+@torch.no_grad()
+def gate_means(model: MemMCMAE, images_BCHW: Tensor, ids_keep_BK: Tensor) -> list[float]:
+    """Return the mean gate of each level over decoder blocks, queries and channels; empty for a single level."""
+    layers = _gated(model)
+    captured: list[tuple[Tensor, ...]] = []
+    handles = [layer.register_forward_pre_hook(lambda _module, inputs: captured.append(inputs)) for layer in layers]
+    try:
+        model.decode(model.encode(model.patchify(images_BCHW), ids_keep_BK), ids_keep_BK)
+    finally:
+        for handle in handles:
+            handle.remove()
+    means = [_mean_by_level(layer, *inputs) for layer, inputs in zip(layers, captured, strict=True)]
+    return torch.stack(means).mean(0).tolist() if means else []
+
+
+@contextmanager
+def levels_ablated(model: MemMCMAE) -> Generator[None]:
+    """Within the block the decoder's cross-attention hears the last level alone: the other gates are shut."""
+    biases = [layer.gate_query.bias for layer in _gated(model)]
+    kept = [bias.detach().clone() for bias in biases]
+    try:
+        with torch.no_grad():
+            for layer, bias in zip(_gated(model), biases, strict=True):
+                bias.view(layer.levels, -1)[:-1] = _SHUT
+        yield
+    finally:
+        with torch.no_grad():
+            for bias, before in zip(biases, kept, strict=True):
+                bias.copy_(before)
+
+
+def _gated(model: MemMCMAE) -> list[LevelCrossAttention]:
+    found = [module for module in model.decoder.modules() if isinstance(module, LevelCrossAttention)]
+    return [layer for layer in found if layer.levels > 1]
+
+
+def _mean_by_level(layer: LevelCrossAttention, query_BLE: Tensor, levels_BSNE: Tensor) -> Tensor:
+    """Return the gates' means, shape (S,), from their definition and not from the fast form."""
+    weights, value = layer.attend(query_BLE, levels_BSNE)
+    batch, heads, length, levels, slots = weights.shape
+    values = value.view(batch, heads, levels, slots, layer.head_dim)
+    context_SBLhd = torch.einsum("bhlsn,bhsnd->sblhd", weights, values)
+    query_half = layer.gate_query(query_BLE).view(batch, length, levels, -1).permute(2, 0, 1, 3)
+    if layer.gate == "channel":
+        context = layer.projection(context_SBLhd.flatten(3))
+        context_half = torch.einsum("sble,sfe->sblf", context, layer.gate_context_weight)
+    else:
+        context_half = torch.einsum("sblhd,shd->sblh", context_SBLhd, layer.gate_context_weight)
+        if layer.gate == "scalar":
+            context_half = context_half.sum(-1, keepdim=True)
+    return torch.sigmoid(query_half + context_half).mean(dim=(1, 2, 3))
