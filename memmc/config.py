@@ -74,6 +74,14 @@ class DeidConfig(Section):
     key_file: str | None = Field(
         default=None, description="File with the identity key, at least 32 bytes; a throw-away key is made when absent."
     )
+    vault_uri: str | None = Field(
+        default=None,
+        description="Identity vault, outside the lake: a folder or s3:// prefix for the sealed originals of what is "
+        "stored; none is kept when absent.",
+    )
+    vault_public_key_file: str | None = Field(
+        default=None, description="Key the originals are sealed to (memmc vault init); goes with vault_uri."
+    )
     max_date_shift_days: int = Field(
         default=365, ge=1, le=3650, description="Bound of the per-patient date shift, days."
     )

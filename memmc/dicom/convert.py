@@ -12,10 +12,11 @@ from memmc.config import Config, DataConfig, IngestConfig, SelectConfig
 from memmc.dicom.decode import check_geometry
 from memmc.dicom.deidentify import ATTRIBUTES, Value, deidentify
 from memmc.dicom.pixels import Prepared, frames_to_store, prepare
-from memmc.dicom.read import read_instance, silenced
+from memmc.dicom.read import Instance, read_instance, silenced
 from memmc.dicom.reasons import Outcome, Rejected, outcome_of
 from memmc.dicom.select import Verdict, explain, select
 from memmc.dicom.text import holds_text
+from memmc.dicom.vault import seal_originals
 
 MAX_STORED_BYTES = 256 << 20  # of all frames of one object
 
@@ -31,6 +32,7 @@ class ConvertPolicy:
         max_date_shift_days: bound of the per-patient date shift, days.
         read_text: whether pixels are searched for burned-in text.
         key: identity key.
+        vault_key: public key of the identity vault, X25519, 32 bytes; None where there is none.
     """
 
     data: DataConfig
@@ -39,13 +41,13 @@ class ConvertPolicy:
     max_date_shift_days: int
     read_text: bool
     key: bytes = field(repr=False)
+    vault_key: bytes | None = None
 
     @classmethod
-    def from_config(cls, config: Config, key: bytes) -> ConvertPolicy:
+    def from_config(cls, config: Config, key: bytes, vault_key: bytes | None = None) -> ConvertPolicy:
         """Take the parts of the configuration that a conversion needs."""
-        return cls(
-            config.data, config.select, config.ingest, config.deid.max_date_shift_days, config.deid.text == "ocr", key
-        )
+        read_text, shift = config.deid.text == "ocr", config.deid.max_date_shift_days
+        return cls(config.data, config.select, config.ingest, shift, read_text, key, vault_key)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Converted:
         attributes: every name of `ATTRIBUTES`, de-identified; None for what could not be read.
         pixels: little-endian unsigned, shape (frames, height, width, channels) in C-order; None unless stored.
         frames: images in `pixels`: 1, or of a multi-frame object all frames in their order.
+        sealed: the originals of a stored object, sealed to the vault's public key; None without a vault.
     """
 
     outcome: Outcome
@@ -65,6 +68,7 @@ class Converted:
     attributes: Mapping[str, Value]
     pixels: bytes | None = field(repr=False)
     frames: int = 1
+    sealed: bytes | None = field(default=None, repr=False)
 
 
 def rejected(reason: str, attributes: Mapping[str, Value] | None = None) -> Converted:
@@ -121,7 +125,8 @@ def convert(
             if len(frames) == 1 and geometry.frames > 1:
                 attributes["frame_number"] = frames[0] + 1
             inspect = _refuse_text if policy.read_text else None
-            return _stored(attributes, prepare(instance, geometry, policy.data, frames, inspect))
+            image = prepare(instance, geometry, policy.data, frames, inspect)
+            return _stored(attributes, image, _sealed(instance, attributes, policy.vault_key))
         except Rejected as rejection:
             return rejected(rejection.reason, attributes)
         except KeyboardInterrupt:
@@ -156,11 +161,17 @@ def _reason(error: BaseException, decoding: bool) -> str:
     return "PIX_DECODE_ERROR" if decoding else "PARSE_ERROR"
 
 
-def _stored(attributes: Mapping[str, Value], image: Prepared) -> Converted:
+def _sealed(instance: Instance, attributes: Mapping[str, Value], vault_key: bytes | None) -> bytes | None:
+    if vault_key is None:
+        return None
+    return seal_originals(instance, str(attributes["sop_instance_uid"]), vault_key)
+
+
+def _stored(attributes: Mapping[str, Value], image: Prepared, sealed: bytes | None) -> Converted:
     size: dict[str, Value] = {
         "height": image.height,
         "width": image.width,
         "channels": image.channels,
         "bits": image.bits,
     }
-    return Converted("stored", None, {**attributes, **size}, image.pixels, image.frames)
+    return Converted("stored", None, {**attributes, **size}, image.pixels, image.frames, sealed)

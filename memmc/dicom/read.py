@@ -94,7 +94,7 @@ _ARCHIVES = (
 
 _KEYWORDS = (
     "SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID StudyDate SeriesDate AcquisitionDate ContentDate "
-    "AcquisitionDateTime Modality ConversionType PresentationIntentType Manufacturer ManufacturerModelName PatientID "
+    "AcquisitionDateTime AccessionNumber Modality ConversionType PresentationIntentType Manufacturer ManufacturerModelName PatientID "
     "IssuerOfPatientID PatientBirthDate PatientSex PatientAge BodyPartExamined ImagerPixelSpacing ViewPosition "
     "StudyInstanceUID SeriesInstanceUID Laterality ImageLaterality SamplesPerPixel PhotometricInterpretation "
     "PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing BitsAllocated BitsStored HighBit "

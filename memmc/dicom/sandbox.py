@@ -34,6 +34,7 @@ from typing import Any, ClassVar
 from memmc.dicom.convert import MAX_STORED_BYTES, Converted, ConvertPolicy, rejected
 from memmc.dicom.deidentify import ATTRIBUTES, NUMBERS, PATTERNS, Value
 from memmc.dicom.reasons import REASONS, outcome_of
+from memmc.dicom.vault import MAX_SEALED_BYTES
 from memmc.dicom.worker import ANSWER, DIED, HEADER, READY, REQUEST, RESULT
 from memmc.errors import MemmcError
 
@@ -309,7 +310,19 @@ def _checked_result(head: Mapping[str, Any], pixels: bytes, policy: ConvertPolic
         raise ValueError("frames")
     if size != (side, side, 1, bits) or len(pixels) != frames * side * side * bits // 8:
         raise ValueError("pixels")
-    return Converted("stored", None, attributes, pixels, frames)
+    return Converted("stored", None, attributes, pixels, frames, _checked_seal(head.get("sealed"), policy))
+
+
+def _checked_seal(found: Any, policy: ConvertPolicy) -> bytes | None:
+    """Take a sealed entry where a vault is configured, and only there.
+
+    Raises:
+        ValueError: an entry too many or too few, or too large for one.
+    """
+    sealed = bytes.fromhex(found or "")
+    if bool(sealed) != (policy.vault_key is not None) or len(sealed) > MAX_SEALED_BYTES:
+        raise ValueError("sealed")
+    return sealed or None
 
 
 def _child_environment() -> dict[str, str]:
@@ -346,6 +359,7 @@ def _policy_json(policy: ConvertPolicy) -> bytes:
             "max_date_shift_days": policy.max_date_shift_days,
             "read_text": policy.read_text,
             "key": policy.key.hex(),
+            "vault_key": (policy.vault_key or b"").hex(),
             "parent": os.getpid(),
         }
     ).encode()

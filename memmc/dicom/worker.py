@@ -111,6 +111,8 @@ def _work(policy: ConvertPolicy, channel: int, shared: int) -> NoReturn:
         except (OSError, ValueError):  # no room in the address space
             result = rejected("PARSE_MEMORY")
         head = {"reason": result.reason, "attributes": dict(result.attributes), "frames": result.frames}
+        if result.sealed is not None:
+            head["sealed"] = result.sealed.hex()
         _answer(channel, RESULT, number, head, result.pixels or b"")
         if result.reason in ("PIX_DECODER_OOM", "PARSE_MEMORY"):
             break  # what could not be allocated leaves a fragmented heap behind
@@ -151,6 +153,7 @@ def main() -> int:
         fields["max_date_shift_days"],
         fields["read_text"],
         bytes.fromhex(fields["key"]),
+        bytes.fromhex(fields["vault_key"]) or None,
     )
     _die_with_parent(fields["parent"])
     preload()

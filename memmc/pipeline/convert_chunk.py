@@ -28,6 +28,7 @@ from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.splits import split_of
 from memmc.lake.storage import Storage
 from memmc.pipeline.labels import StatedLabels
+from memmc.pipeline.vault import write_entries
 from memmc.sources.objects import FetchFailed, Source, SourceObject
 
 # What the driver needs of every row to settle duplicates and to balance the account.
@@ -40,6 +41,7 @@ class IngestJob:
 
     Attributes:
         turn: `Lake.turn` when the run was planned.
+        vault: where sealed originals go; None without an identity vault.
     """
 
     run: str
@@ -52,6 +54,7 @@ class IngestJob:
     preprocess_id: str
     started: datetime
     turn: int = 0
+    vault: Storage | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ def convert_objects(job: IngestJob, objects: list[SourceObject]) -> list[Written
     partitions: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows_of(job, objects):
         partitions[row["outcome"], row["split"]].append(row)
+    if job.vault is not None and job.policy.vault_key is not None:
+        stored = [row for rows in partitions.values() for row in rows if row["sealed"]]
+        write_entries(job.vault, job.policy.vault_key, stored)
     return [write_partition(job.storage, outcome, split, rows) for (outcome, split), rows in sorted(partitions.items())]
 
 
@@ -128,6 +134,8 @@ def _row(job: IngestJob, item: SourceObject, data: bytes | None, converted: Conv
         "label": job.labels.of(item.path, attributes.get("sop_instance_uid")),
         "preprocess_id": job.preprocess_id if stored else None,
         "pixels": converted.pixels if stored else None,
+        "object_uid": attributes.get("sop_instance_uid"),  # this and the next for the vault; no columns of the table
+        "sealed": converted.sealed,
         **pixel_statistics(converted),
         "ingest_run": job.run,
         "ingested_at": job.started,

@@ -36,6 +36,7 @@ from memmc.pipeline.labels import read_labels
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import IngestResult, PlanResult
 from memmc.pipeline.settle import publish, seen_objects, stands_for_object, turn_name
+from memmc.pipeline.vault import vault_of
 from memmc.sources.objects import FILE_CHECKSUM, FILE_UNREADABLE, SourceObject
 from memmc.sources.open import FileSource, open_source
 
@@ -169,6 +170,7 @@ def plan(
 ) -> Plan:
     """List the source and subtract what the table has seen."""
     key = identity_key(config, home_directory(), progress)
+    vault, vault_key = vault_of(config) or (None, None)
     place = open_source(source, config.source, os.environ)
     lake = Lake(config.lake.uri)
     lake.check_key_id(key_id(key))
@@ -191,12 +193,13 @@ def plan(
         cohort=cohort,
         source=place,
         storage=lake.storage,
-        policy=ConvertPolicy.from_config(config, key),
+        policy=ConvertPolicy.from_config(config, key, vault_key),
         split=config.split,
         labels=labels,
         preprocess_id=config.preprocess_id,
         started=started,
         turn=turn,
+        vault=vault,
     )
     waiting = f", {listing.pending} of incomplete studies left for later" if listing.pending else ""
     progress.message(f"{len(listing.objects)} objects listed, {len(new)} new{waiting}")

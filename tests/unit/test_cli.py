@@ -23,7 +23,7 @@ VERBS = {
     "select",
     "export",
 }
-VERBS |= {"lake", "scan-phi"}
+VERBS |= {"lake", "scan-phi", "vault"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

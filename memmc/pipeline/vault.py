@@ -1,0 +1,235 @@
+"""The identity vault: from a pseudonym back to the original, for whoever holds the private key.
+
+Ingest writes sealed entries and cannot read them. Nothing of it lies in the
+lake, and the lake works without it. An entry may be there twice, when a run was
+killed and repeated; the last one written counts.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization as pem
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+from memmc.config import Config
+from memmc.dicom.vault import open_originals, vault_key_id
+from memmc.errors import ConfigError, IdentityKeyError, IntegrityError, UsageError
+from memmc.lake.storage import Storage
+from memmc.pipeline.results import Result
+
+ENTRIES, AUDIT = "entries", "audit"
+SCHEMA: Final = pa.schema(
+    [
+        pa.field(
+            "sop_instance_uid", pa.string(), nullable=False
+        ),  # pseudonym of the row: of a frame, where frames are rows
+        pa.field("object_uid", pa.string(), nullable=False),  # pseudonym of the object, bound into the seal
+        pa.field("patient_key", pa.string(), nullable=False),
+        pa.field("sealed", pa.binary(), nullable=False),
+        pa.field("vault_key_id", pa.string(), nullable=False),
+        pa.field("ingest_run", pa.string(), nullable=False),
+        pa.field("sealed_at", pa.timestamp("us", tz="UTC"), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class VaultKeys(Result):
+    """A new pair of keys: where they lie, and the public one's name."""
+
+    private_key_file: str
+    public_key_file: str
+    vault_key_id: str
+
+
+@dataclass(frozen=True)
+class Resolved(Result):
+    """Originals by pseudonym; patient data. `missing` are the pseudonyms the vault does not know."""
+
+    originals: dict[str, dict[str, str]]
+    missing: list[str]
+    audit: str
+
+
+def vault_of(config: Config) -> tuple[Storage, bytes] | None:
+    """Return where the vault lies and its public key, or None where none is configured.
+
+    Raises:
+        ConfigError: one setting without the other, or the vault and the lake lie in each other.
+        IdentityKeyError: the public key cannot be read.
+    """
+    uri, key_file = config.deid.vault_uri, config.deid.vault_public_key_file
+    if uri is None and key_file is None:
+        return None
+    if uri is None or key_file is None:
+        raise ConfigError(
+            "deid.vault_uri and deid.vault_public_key_file go together; make the keys with 'memmc vault init'"
+        )
+    vault, lake = Storage.open(uri), Storage.open(config.lake.uri)
+    inner, outer = (_real(storage) + "/" for storage in (vault, lake))
+    if inner.startswith(outer) or outer.startswith(inner):
+        raise ConfigError(
+            "deid.vault_uri and lake.uri lie in each other; keep the vault in a place and with rights of its own"
+        )
+    return vault, read_public_key(Path(key_file))
+
+
+def _real(storage: Storage) -> str:
+    local = storage.local_path()
+    return storage.uri if local is None else str(local.resolve())
+
+
+def write_entries(vault: Storage, public_key: bytes, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the sealed entries among the rows of one task as one file, whole.
+
+    Args:
+        vault: the vault's storage.
+        public_key: the key they were sealed to.
+        rows: of `instances`, with `sealed` and `object_uid` where an entry was made.
+
+    Raises:
+        StorageError: the place cannot be written; the task fails and nothing is committed to the lake.
+    """
+    sealed = [row for row in rows if row.get("sealed")]
+    if not sealed:
+        return
+    named = {"vault_key_id": vault_key_id(public_key)}
+    entries = [{**row, **named, "sealed_at": row["ingested_at"]} for row in sealed]
+    table = pa.Table.from_pylist([{name: entry[name] for name in SCHEMA.names} for entry in entries], schema=SCHEMA)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    vault.write(f"{ENTRIES}/{uuid.uuid4().hex}.parquet", sink.getvalue().to_pybytes())
+
+
+def make_keys(private_key_file: Path, public_key_file: Path, passphrase: str | None) -> VaultKeys:
+    """Make a pair of keys; the private one, readable by its owner alone, belongs on another machine than ingest.
+
+    Raises:
+        UsageError: a file of that name is there already, or cannot be made.
+    """
+    key = X25519PrivateKey.generate()
+    lock = pem.BestAvailableEncryption(passphrase.encode()) if passphrase else pem.NoEncryption()
+    private = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, lock)
+    public = key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
+    for file, data, mode in ((private_key_file, private, 0o600), (public_key_file, public, 0o644)):
+        try:
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        except OSError as error:
+            raise UsageError(
+                f"a key file cannot be made ({error.strerror}); keys are never overwritten: give another name"
+            ) from None
+        with os.fdopen(descriptor, "wb") as out:
+            out.write(data)
+    return VaultKeys(str(private_key_file), str(public_key_file), vault_key_id(key.public_key().public_bytes_raw()))
+
+
+def read_public_key(file: Path) -> bytes:
+    """Return the 32 bytes of a public key.
+
+    Raises:
+        IdentityKeyError: not a file of `memmc vault init`.
+    """
+    try:
+        key = pem.load_pem_public_key(file.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, X25519PublicKey):
+        raise IdentityKeyError(
+            "deid.vault_public_key_file is no X25519 public key in PEM; make it with 'memmc vault init'"
+        )
+    return key.public_bytes_raw()
+
+
+def read_private_key(file: Path, passphrase: str | None) -> X25519PrivateKey:
+    """Return a private key.
+
+    Raises:
+        IdentityKeyError: readable by others, wrong passphrase, or no such key.
+    """
+    try:
+        if file.stat().st_mode & 0o077:
+            raise IdentityKeyError("the private key can be read by others; run 'chmod 600' on it, and think it over")
+        key = pem.load_pem_private_key(file.read_bytes(), passphrase.encode() if passphrase else None)
+    except OSError as error:
+        raise IdentityKeyError(f"the private key cannot be read ({error.strerror}); check --private-key-file") from None
+    except TypeError:
+        raise IdentityKeyError(
+            "the private key has a passphrase and none was given, or the other way round; set MEMMC_VAULT_PASSPHRASE"
+        ) from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise IdentityKeyError("the private key does not open; check the passphrase and --private-key-file") from None
+    if not isinstance(key, X25519PrivateKey):
+        raise IdentityKeyError("--private-key-file is no X25519 key; give the one of 'memmc vault init'")
+    return key
+
+
+def resolve(config: Config, uids: Iterable[str], private_key: X25519PrivateKey) -> Resolved:
+    """Return the originals of pseudonyms; who asked for what is written down before they are shown.
+
+    Raises:
+        UsageError: no vault is configured, or no pseudonym given.
+        IdentityKeyError: an entry does not open.
+        StorageError: the vault cannot be read, or the audit line not be written.
+    """
+    if config.deid.vault_uri is None:
+        raise UsageError("no vault is configured; set deid.vault_uri")
+    vault = Storage.open(config.deid.vault_uri)
+    asked = list(dict.fromkeys(uid.strip() for uid in uids if uid.strip()))
+    if not asked:
+        raise UsageError("no pseudonym given; --uids takes a file with one sop_instance_uid a line, or - for stdin")
+    own = vault_key_id(private_key.public_key().public_bytes_raw())
+    entries = {row["sop_instance_uid"]: row for row in _entries(vault, asked)}
+    originals = {
+        uid: open_originals(entries[uid]["sealed"], entries[uid]["object_uid"], private_key)
+        for uid in asked
+        if uid in entries
+    }
+    audit = _write_audit(vault, own, asked, len(originals))
+    return Resolved(originals, [uid for uid in asked if uid not in originals], audit)
+
+
+def _entries(vault: Storage, uids: list[str]) -> Iterator[dict[str, Any]]:
+    wanted = pc.SetLookupOptions(value_set=pa.array(uids))
+    found: list[dict[str, Any]] = []
+    for name in vault.list(ENTRIES):
+        try:
+            with pq.ParquetFile(pa.BufferReader(vault.read(name)), page_checksum_verification=True) as file:
+                table = file.read()
+            mask = pc.call_function("is_in", [table["sop_instance_uid"]], wanted)
+            found += table.filter(mask).to_pylist()
+        except (pa.ArrowException, OSError, KeyError):
+            raise IntegrityError("a file of the vault is damaged; restore it from a copy") from None
+    yield from sorted(found, key=lambda row: row["sealed_at"])
+
+
+def _write_audit(vault: Storage, own: str, asked: list[str], found: int) -> str:
+    now = datetime.now(UTC)
+    line = {
+        "at": now.isoformat(),
+        "user": getpass.getuser(),
+        "host": socket.gethostname(),
+        "action": "resolve",
+        "vault_key_id": own,
+        "asked": len(asked),
+        "found": found,
+        "pseudonyms": asked,
+        "digest": hashlib.sha256("\n".join(sorted(asked)).encode()).hexdigest(),
+    }
+    name = f"{AUDIT}/{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.jsonl"
+    vault.create(name, json.dumps(line).encode() + b"\n")
+    return name
