@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from memmc import __version__
+from memmc.cli import erase as erasure
 from memmc.cli import lake as lake_verbs
 from memmc.cli import packaging, privacy, selection, summaries, vault
 from memmc.cli.options import (
@@ -294,6 +295,7 @@ app.command(name="select")(selection.select)
 app.command(name="scan-phi")(privacy.scan_phi)
 app.add_typer(vault.app, name="vault")
 app.add_typer(lake_verbs.app, name="lake")
+app.command(name="erase")(erasure.erase)
 app.command(name="export")(packaging.export)
 
 

@@ -208,9 +208,14 @@ def patient_key(dataset: Dataset, master: bytes) -> str | None:
     """
     identifier = text(dataset, "PatientID")
     if identifier is not None:
-        return _digest(master, "patient", "id", text(dataset, "IssuerOfPatientID") or "", identifier).hex()
+        return keyed_patient(master, identifier, text(dataset, "IssuerOfPatientID") or "")
     study = text(dataset, "StudyInstanceUID")
     return _digest(master, "patient", "study", study).hex() if study is not None else None
+
+
+def keyed_patient(master: bytes, identifier: str, issuer: str = "") -> str:
+    """Return the pseudonym of a Patient ID and its issuer, as `patient_key` gives it."""
+    return _digest(master, "patient", "id", issuer, identifier).hex()
 
 
 def _words(instance: Instance) -> dict[str, Value]:

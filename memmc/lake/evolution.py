@@ -69,6 +69,6 @@ def _difference(table: str, found: pa.Schema, partition_by: list[str]) -> tuple[
 
 def _refusal(table: str, found: str) -> DataError:
     return DataError(
-        f"table '{table}' does not fit this version of memmc: {found}; only optional columns may be added, and required "
-        "ones become optional: use the version that wrote the lake, or ingest into a new lake"
+        f"table '{table}' does not fit this version of memmc: {found}; only optional columns may be added, and "
+        "required ones become optional: use the version that wrote the lake, or ingest into a new lake"
     )

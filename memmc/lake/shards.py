@@ -1,7 +1,7 @@
 """Shards: plain Parquet files whose every byte can be checked.
 
 A shard carries a checksum per page, and in its name the SHA-256 of its footer
-and of the whole file: ``<random>-<footer>-<whole>.parquet``. A read of small
+and of the whole file: ``<lineage>-<footer>-<whole>.parquet``. A read of small
 columns verifies pages and footer, a read of pixels the whole file, so a shard
 that rotted, was cut, or was swapped for another never becomes a batch.
 """
@@ -55,7 +55,11 @@ class ShardFile:
 
 
 def write_shard(
-    storage: Storage, rel_dir: str, table: pa.Table, partition: Mapping[str, str] | None = None
+    storage: Storage,
+    rel_dir: str,
+    table: pa.Table,
+    partition: Mapping[str, str] | None = None,
+    lineage: str | None = None,
 ) -> ShardFile:
     """Write one shard under a new name; it is part of no table until committed.
 
@@ -64,6 +68,7 @@ def write_shard(
         rel_dir: folder of the table, relative to the storage's root.
         table: rows; columns that `partition` names are dropped from the file.
         partition: one value per partition column, shared by all rows.
+        lineage: of the shard that this one replaces (`lineage_of`); one of its own when absent.
 
     Raises:
         StorageError: the place cannot be written.
@@ -73,7 +78,7 @@ def write_shard(
     data = _to_parquet(table)
     digest = hashlib.sha256(data).hexdigest()
     folder = "/".join([rel_dir, *(f"{key}={value}" for key, value in partition.items())])
-    path = f"{folder}/{uuid.uuid4().hex[:16]}-{_footer_digest(data)}-{digest}.parquet"
+    path = f"{folder}/{lineage or uuid.uuid4().hex[:16]}-{_footer_digest(data)}-{digest}.parquet"
     storage.write(path, data)
     return ShardFile(path, len(data), table.num_rows, digest, partition, _statistics(table))
 
@@ -114,6 +119,12 @@ def named_digest(path: str) -> str | None:
     """Return the SHA-256 that a shard's name carries, hex; None for a file that another tool wrote."""
     named = _NAME.match(PurePosixPath(path).name)
     return named["sha256"] if named else None
+
+
+def lineage_of(path: str) -> str:
+    """Return what a shard has in common with those that replace it, less some rows: the start of its name."""
+    name = PurePosixPath(path).name
+    return name[:16] if _NAME.match(name) else path
 
 
 def parse_shard(

@@ -24,8 +24,9 @@ from memmc.errors import DataError, IdentityKeyError, StorageError
 from memmc.lake import log
 from memmc.lake.evolution import evolve
 from memmc.lake.files import DataFile, Filter, Value, read_file, select_rows, values, write_rows
+from memmc.lake.s3 import AbsentError
 from memmc.lake.schemas import INSTANCES, LABELS, PARTITION_BY, SCHEMAS, schema_of
-from memmc.lake.shards import BULK_COLUMNS, ShardFile
+from memmc.lake.shards import BULK_COLUMNS, ShardFile, lineage_of
 from memmc.lake.storage import Storage
 
 if TYPE_CHECKING:
@@ -176,6 +177,9 @@ class Lake:
     def files(self, table: str, version: int | None = None, partitions: Filter | None = None) -> list[DataFile]:
         """Return the shards of a version, in a fixed order, without opening any.
 
+        Where an erasure has since replaced a shard, its replacement stands for it: an old version is what it was, less
+        what was erased.
+
         Args:
             table: name.
             version: the newest when absent.
@@ -186,17 +190,18 @@ class Lake:
             DataError: no such table or version.
         """
         delta = self._open(table, version)
-        if "deletionVectors" in (delta.protocol().reader_features or ()):
-            raise DataError(
-                f"table '{table}' uses deletion vectors, which another tool switched on; rewrite it without"
-            )
-        actions = pa.table(delta.get_add_actions(flatten=True)).to_pylist()
+        actions = _actions(table, delta)
+        if version is not None:
+            newest = {lineage_of(action["path"]): action for action in _actions(table, self._open(table))}
+            actions = [newest.get(lineage_of(action["path"]), action) for action in actions]
         by = PARTITION_BY.get(table, ())
         where = {name: values(value) for name, value in (partitions or {}).items()}
         found: list[DataFile] = []
         for action in actions:
             partition = {name: action[f"partition.{name}"] for name in by}
-            if all(_may_hold(action, partition, name, allowed) for name, allowed in where.items()):
+            if action["num_records"] != 0 and all(
+                _may_hold(action, partition, name, allowed) for name, allowed in where.items()
+            ):
                 found.append(
                     DataFile(f"{table}/{action['path']}", action["size_bytes"], action["num_records"], partition)
                 )
@@ -231,7 +236,15 @@ class Lake:
         empty = pa.schema([schema.field(name) for name in load]).empty_table()
 
         def load_file(file: DataFile) -> pa.Table:
-            rows = read_file(self.storage, table, file, load)
+            try:
+                rows = read_file(self.storage, table, file, load)
+            except AbsentError:
+                if version is None or version == self.version(table):
+                    raise
+                raise DataError(
+                    f"table '{table}', version {version}: a vacuum has deleted shards that commits since have "
+                    "replaced; name a newer version"
+                ) from None
             return select_rows(rows, where)
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
@@ -302,8 +315,11 @@ class Lake:
         order = [(name, "ascending") for name in ("labelled_at", "source", "label")]
         return {(row["cohort"], row["sop_instance_uid"]): row["label"] for row in rows.sort_by(order).to_pylist()}
 
-    def vacuum_table(self, table: str, hours: int, *, dry_run: bool) -> list[str]:
+    def vacuum_table(self, table: str, hours: int, *, dry_run: bool, uncommitted: bool = True) -> list[str]:
         """Delete shards that no version of the last hours holds and that are older; `memmc.lake.vacuum` knows when.
+
+        Args:
+            uncommitted: those too that never were part of the table.
 
         Returns:
             Their names, relative to the table.
@@ -311,7 +327,7 @@ class Lake:
         from deltalake.exceptions import DeltaError
 
         try:
-            return self._open(table).vacuum(hours, dry_run=dry_run, enforce_retention_duration=False, full=True)
+            return self._open(table).vacuum(hours, dry_run=dry_run, enforce_retention_duration=False, full=uncommitted)
         except (DeltaError, OSError) as error:
             raise _storage_error(error) from None
 
@@ -363,6 +379,12 @@ class Lake:
 @functools.cache
 def _probe_once(storage: Storage) -> None:
     storage.probe_conditional_put()
+
+
+def _actions(table: str, delta: DeltaTable) -> list[dict[str, Any]]:
+    if "deletionVectors" in (delta.protocol().reader_features or ()):
+        raise DataError(f"table '{table}' uses deletion vectors, which another tool switched on; rewrite it without")
+    return pa.table(delta.get_add_actions(flatten=True)).to_pylist()
 
 
 def _may_hold(action: Mapping[str, Any], partition: Mapping[str, str], name: str, allowed: list[Value]) -> bool:

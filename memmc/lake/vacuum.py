@@ -78,7 +78,7 @@ def vacuum(lake: Lake, hours: int, *, dry_run: bool = False) -> Litter:
     Raises:
         StorageError: the place cannot be read or written.
     """
-    hours = _stretched(lake.storage, hours, dry_run=dry_run)
+    hours = stretched(lake.storage, hours, dry_run=dry_run)
     shards = [
         f"{table}/{path}"
         for table in SCHEMAS
@@ -96,19 +96,35 @@ def vacuum(lake: Lake, hours: int, *, dry_run: bool = False) -> Litter:
     return Litter(sorted(shards), unfinished, [key for key, _ in uploads], hours)
 
 
-def _stretched(storage: Storage, hours: int, *, dry_run: bool) -> int:
-    """Return the retention that reaches back to the beginning of every run that still writes."""
+def stretched(storage: Storage, hours: int, *, dry_run: bool = True) -> int:
+    """Return the retention that reaches back to the beginning of every run that still writes.
+
+    Args:
+        dry_run: leave leases that have run out where they are.
+    """
     now = time.time()
-    for name in storage.list(LEASES):
-        try:
-            held = json.loads(storage.read(name))
-            since, seen = float(held["since"]), float(held["seen"])
-        except s3.AbsentError:  # the run has just ended; what it wrote is committed, or younger than the retention
-            continue
-        except (ValueError, KeyError, TypeError):
-            since = seen = now - hours * 3600  # unreadable: counts as one that has run out
+    for name, since, seen in _leases(storage):
         if now - seen < hours * 3600:
             hours = max(hours, math.ceil((now - since) / 3600) + 1)
         elif not dry_run:
             storage.delete(name)
     return hours
+
+
+def running(storage: Storage) -> int:
+    """Return how many runs have kept their lease up lately."""
+    return sum(time.time() - seen < 3 * LEASE_REFRESH_S for _, _, seen in _leases(storage))
+
+
+def _leases(storage: Storage) -> list[tuple[str, float, float]]:
+    """Return name, beginning and last refresh (s since 1970) of every lease; an unreadable one has run out."""
+    found: list[tuple[str, float, float]] = []
+    for name in storage.list(LEASES):
+        try:
+            held = json.loads(storage.read(name))
+            found.append((name, float(held["since"]), float(held["seen"])))
+        except s3.AbsentError:  # the run has just ended; what it wrote is committed, or younger than the retention
+            continue
+        except (ValueError, KeyError, TypeError):
+            found.append((name, 0.0, 0.0))
+    return found

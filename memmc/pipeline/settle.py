@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from memmc.errors import AccountingError, StorageError
+from memmc.lake.erasure import ERASED, erased_contents, tombstone
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.shards import read_shard
 from memmc.lake.tables import Lake, LostTurnError
@@ -15,6 +16,7 @@ ROUNDS = 8  # of settling anew because another ingest of the cohort committed fi
 
 Verdict = tuple[str, str] | None  # None: the row stays as it is
 _KNOWN = ("", "already_ingested")
+_ERASED = ("excluded", ERASED)
 
 
 def turn_name(cohort: str) -> str:
@@ -46,7 +48,7 @@ def publish(
         turn = lake.turn(INSTANCES, turn_name(job.cohort))
         known = seen_objects(lake, job.cohort) if turn != job.turn else frozenset[str]()
         dropped += sum(key in known for key in _objects(job, shards))
-        shards = settle(job, shards, stored_contents(lake, job.cohort), known)
+        shards = settle(job, shards, stored_contents(lake, job.cohort), known, erased_contents(lake, job.cohort))
         check_balance(listed - dropped, _objects(job, shards))
         if listed == dropped:
             return lake.version(INSTANCES), shards, dropped
@@ -65,23 +67,30 @@ def publish(
 
 
 def settle(
-    job: IngestJob, shards: list[WrittenShard], stored: Mapping[str, str], known: Collection[str] = frozenset()
+    job: IngestJob,
+    shards: list[WrittenShard],
+    stored: Mapping[str, str],
+    known: Collection[str] = frozenset(),
+    erased: Collection[str] = frozenset(),
 ) -> list[WrittenShard]:
     """Leave each SOP Instance stored once; the first in listing order wins.
 
     A copy becomes `duplicate`; the same SOP Instance UID with other bytes is
     `quarantined` as META_DUP_UID_CONFLICT (PS3.3 C.12.1: the UID identifies one
-    object). Shards that hold neither stay as they were written.
+    object). A copy of an erased object leaves a tombstone. Shards that hold none of these stay as they were written.
 
     Args:
         stored: SOP Instance UID -> content key of what the cohort already holds.
         known: object keys that another run has accounted for; their rows are dropped.
+        erased: content keys of erased objects.
     """
     contents = dict(stored)
 
     def verdict(row: Mapping[str, Any], outcome: str) -> Verdict:
         if row["object_key"] in known:
             return _KNOWN
+        if row["content_key"] in erased:
+            return _ERASED
         if outcome != "stored":
             return None
         uid, content = row["sop_instance_uid"], row["content_key"]
@@ -91,7 +100,7 @@ def settle(
         return ("duplicate", "same_object") if contents[uid] == content else ("quarantined", "META_DUP_UID_CONFLICT")
 
     settled: list[WrittenShard] = []
-    moved: dict[str, list[dict[str, Any]]] = {"duplicate": [], "quarantined": []}
+    moved: dict[str, list[dict[str, Any]]] = {"duplicate": [], "quarantined": [], "excluded": []}
     for shard in shards:
         settled.extend(_rewritten(job, shard, verdict, moved))
     settled.extend(write_partition(job.storage, outcome, "none", rows) for outcome, rows in moved.items() if rows)
@@ -114,6 +123,8 @@ def _rewritten(
     for row, found in zip(rows, verdicts, strict=True):
         if found is None:
             kept.append({**row, **shard.file.partition})
+        elif found == _ERASED:
+            moved["excluded"].append(tombstone(row))
         elif found != _KNOWN:
             changed = {"outcome": found[0], "split": "none", "reason": found[1], "pixels": None, "preprocess_id": None}
             moved[found[0]].append({**row, **changed})

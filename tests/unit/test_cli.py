@@ -23,7 +23,7 @@ VERBS = {
     "select",
     "export",
 }
-VERBS |= {"lake", "scan-phi", "vault"}
+VERBS |= {"lake", "scan-phi", "vault", "erase"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -83,6 +83,15 @@ def test_the_first_of_two_copies_is_stored_and_the_other_is_a_duplicate(job):
     check_balance(4, [r["object_key"] for s in settled for r in s.account])
 
 
+def test_a_copy_of_an_erased_object_leaves_a_tombstone(job):
+    rows = [row(1, "u", "x"), {**row(2, "v", "y"), "patient_key": "p", "study_uid": "s"}]
+    settled = settle(job, [write_partition(job.storage, "stored", "train", rows)], {}, erased={"y"})
+    assert outcomes(job, settled) == {"1": ("stored", None, b"\0\1"), "2": ("excluded", "erased", None)}
+    check_balance(2, [r["object_key"] for s in settled for r in s.account])
+    (stone,) = [r for s in settled for r in read_shard(job.storage, s.file.path).to_pylist() if r["reason"]]
+    assert not {"p", "s", "v"} & {value for value in stone.values() if isinstance(value, str)}
+
+
 def test_one_uid_with_two_contents_is_quarantined(job):
     shard = write_partition(job.storage, "stored", "train", [row(1, "u", "x")])
     settled = settle(job, [shard], {"u": "other"})
