@@ -1,0 +1,127 @@
+"""Cursors and the account of sources that fail, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime
+
+import pytest
+from dicom_instances import KEY, policy
+
+from memmc.config import Config, SourceConfig
+from memmc.errors import StorageError
+from memmc.lake.storage import Storage
+from memmc.lake.tables import Lake
+from memmc.pipeline import convert_chunk, cursor
+from memmc.pipeline.convert_chunk import IngestJob, rows_of
+from memmc.pipeline.cursor import cursor_entry, last_cursor
+from memmc.pipeline.ingest import check_source
+from memmc.pipeline.labels import StatedLabels
+from memmc.sources.dicomweb import DicomWebSource
+from memmc.sources.http import Access
+from memmc.sources.objects import FetchFailed, SourceObject
+
+SOURCE = "orthanc+http://host:8042"
+
+
+def test_the_newest_cursor_of_a_source_and_cohort_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(cursor, "_LOOKS", (1, 4, None))
+    lake = Lake(tmp_path / "lake")
+    assert last_cursor(lake, KEY, SOURCE, "a") is None
+    commits = [
+        ("a", SOURCE, "7 x"),
+        ("b", SOURCE, "8 y"),
+        ("a", f"{SOURCE}1", "9 z"),
+        ("a", SOURCE, "10 w"),
+        ("a", "f", None),
+    ]
+    for number, (cohort, source, reached) in enumerate(commits):
+        lake.commit("instances", [], f"run{number}", cursor_entry(KEY, source, cohort, reached))
+    for number in range(4):
+        lake.commit("instances", [], f"other{number}")
+    assert last_cursor(lake, KEY, SOURCE, "a") == "10 w"
+    assert last_cursor(lake, KEY, SOURCE, "b") == "8 y"
+    assert last_cursor(lake, KEY, f"{SOURCE}1", "a") == "9 z"
+    assert last_cursor(lake, KEY, "f", "a") is None
+    assert last_cursor(lake, bytes(32), SOURCE, "a") is None
+    logs = b"".join(path.read_bytes() for path in (tmp_path / "lake").rglob("*.json"))
+    assert b"10 w" not in logs and b"host" not in logs
+
+
+def test_a_table_that_was_restored_forgets_its_cursors(tmp_path):
+    from deltalake import DeltaTable
+
+    lake = Lake(tmp_path / "lake")
+    lake.commit("instances", [], "run", cursor_entry(KEY, SOURCE, "a", "7 x"))
+    lake.commit("instances", [], "run2", cursor_entry(KEY, SOURCE, "a", "9 x"))
+    DeltaTable(str(tmp_path / "lake/instances")).restore(1)
+    assert last_cursor(lake, KEY, SOURCE, "a") is None
+    lake.commit("instances", [], "run3", cursor_entry(KEY, SOURCE, "a", "3 x"))
+    assert last_cursor(lake, KEY, SOURCE, "a") == "3 x"
+
+
+class Failing(DicomWebSource):
+    """A server that refuses one instance after the other."""
+
+    def fetch(self, obj: SourceObject, max_bytes: int) -> bytes:
+        raise FetchFailed(obj.uri)
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_chunk, "sandbox_for", lambda _policy: None)  # nothing is fetched that it could convert
+    config = Config()
+    return IngestJob(
+        run="ingest-1",
+        cohort="c",
+        source=Failing("dicomweb+http://host", "http://host", Access(authorization="Basic hunter2")),
+        storage=Storage.open(str(tmp_path / "lake")),
+        policy=policy(),
+        split=config.split,
+        labels=StatedLabels(),
+        preprocess_id=config.preprocess_id,
+        started=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+
+
+def keys(job: IngestJob, reason: str, modified: str) -> str:
+    (row,) = rows_of(job, [SourceObject("1/2/3", reason, 0, modified)])
+    assert (row["outcome"], row["reason"]) == ("quarantined", reason)
+    return row["object_key"]
+
+
+def test_a_passing_failure_does_not_stand_for_an_object_without_versions(job):
+    later = dataclasses.replace(job, run="ingest-2")
+    for reason, modified, tried_again in (
+        ("FILE_CHANGED_DURING_READ", "", True),
+        ("FILE_UNREADABLE", "", True),
+        ("FILE_TOO_LARGE", "", False),
+        ("FILE_UNREADABLE", "attachment", False),
+    ):
+        assert (keys(job, reason, modified) != keys(later, reason, modified)) is tried_again
+    assert "hunter2" not in repr(job)
+
+
+@pytest.mark.parametrize("reason", ["STORE_AUTH", "STORE_TIMEOUT"])
+def test_a_store_that_fails_ends_the_run(job, reason):
+    with pytest.raises(StorageError, match=reason):
+        keys(job, reason, "")
+
+
+def test_a_server_that_fails_on_many_objects_has_failed_itself():
+    class Shard:
+        def __init__(self, *reasons: str | None) -> None:
+            self.account = [{"reason": reason} for reason in reasons]
+
+    lost, fine = "FILE_UNREADABLE", None
+    check_source([Shard(lost, lost)], 2)  # too few to tell
+    check_source([Shard(lost, lost), Shard(lost, *[fine] * 9)], 12)
+    check_source([Shard(*["FILE_NOT_DICOM"] * 9)], 9)
+    with pytest.raises(StorageError, match="3 of 11 objects"):
+        check_source([Shard(lost, "FILE_CHECKSUM"), Shard(lost, *[fine] * 8)], 11)
+
+
+def test_settings_have_bounds():
+    for bad in ({"quiet_seconds": -1}, {"connect_seconds": 0}, {"archive_members": 0}, {"study_dates": "2026"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SourceConfig(**bad)
