@@ -17,7 +17,7 @@ import typer
 from memmc import __version__
 from memmc.cli import erase as erasure
 from memmc.cli import lake as lake_verbs
-from memmc.cli import packaging, privacy, selection, summaries, vault
+from memmc.cli import gating, packaging, privacy, selection, summaries, vault
 from memmc.cli.options import (
     CohortOption,
     ConfigOption,
@@ -292,6 +292,7 @@ def report(
 
 
 app.command(name="select")(selection.select)
+app.command(name="gate")(gating.gate)
 app.command(name="scan-phi")(privacy.scan_phi)
 app.add_typer(vault.app, name="vault")
 app.add_typer(lake_verbs.app, name="lake")

@@ -1,19 +1,210 @@
 """The quality gate: which stored instances are kept out of training, calibration and scores, and why.
 
 Rows of `instances` never change, so verdicts live in the table `quality`; of
-several rows of one instance the newest holds.
+several rows of one instance the newest holds. A run looks at the pixels of
+what the cohort has not gated yet, judges the whole cohort anew from the
+thumbnails that the table keeps, and writes the rows that are new or changed.
 """
 
 from __future__ import annotations
 
-from memmc.lake.schemas import QUALITY
+import json
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from memmc.config import Config, QualityConfig, config_hash
+from memmc.errors import DataError
+from memmc.lake.files import DataFile
+from memmc.lake.schemas import INSTANCES, QUALITY, SCHEMAS
+from memmc.lake.stream import PIXEL_COLUMNS, pixels_to_array, read_rows, stream
 from memmc.lake.tables import Lake
+from memmc.pipeline.cluster import ray_cluster
+from memmc.pipeline.identity import home_directory
+from memmc.pipeline.ingest import check_cohort
+from memmc.pipeline.progress import Progress, Silent
+from memmc.pipeline.results import GateResult, PlanResult
+from memmc.quality.duplicates import duplicates
+from memmc.quality.flags import DUPLICATE, OF_ONE_IMAGE, in_order
+from memmc.quality.look import LOOK_FORMAT, look, thumbnails_from_bytes
+from memmc.quality.reference import fit_reference
+
+_SEEN = ("sop_instance_uid", "flags", "perceptual_hash", "thumbnail")
+_LOOKED_AT = ("sop_instance_uid", "rows", "columns", *PIXEL_COLUMNS)
+_FEW = 2000  # images that are sooner read here than a cluster is started
+
+Row = dict[str, Any]
 
 
 def flags_of(lake: Lake, cohort: str) -> dict[str, tuple[str, ...]]:
     """Return SOP Instance UID -> QC_* codes of the flagged instances of a cohort; none that passed or is not gated."""
+    newest = _verdicts(lake, cohort, ["sop_instance_uid", "flags", "gated_at"])
+    return {uid: tuple(row["flags"]) for uid, row in newest.items() if row["flags"]}
+
+
+def preview(config: Config, cohort: str) -> PlanResult:
+    """Say what `gate` would look at."""
+    check_cohort(cohort)
+    lake = Lake(config.lake.uri)
+    rows = _stored(lake, cohort)
+    known = _verdicts(lake, cohort, ["sop_instance_uid", "flags", "gated_at", "gate_id"])
+    new = _missing(rows, known, gate_id(config.quality))
+    return PlanResult(
+        {"instances": len(rows), "flagged": sum(bool(row["flags"]) for row in known.values()), "to look at": len(new)}
+    )
+
+
+def gate(config: Config, cohort: str, *, progress: Progress | None = None) -> GateResult:
+    """Flag what should not be learned from: broken, turned, foreign and copied images of a cohort.
+
+    Does nothing when every stored instance has been gated by the rules as they are.
+
+    Raises:
+        DataError: nothing is stored in the cohort.
+    """
+    check_cohort(cohort)
+    progress = progress or Silent()
+    lake = Lake(config.lake.uri)
+    rows = _stored(lake, cohort)
+    identifier = gate_id(config.quality)
+    known = _verdicts(lake, cohort, [*_SEEN, "gated_at", "gate_id"])
+    missing = _missing(rows, known, identifier)
+    if missing:
+        progress.stage("quality gate", len(missing))
+        # Those seen before come first, so that of two copies the one that came first stays.
+        rows.sort(key=lambda row: (row["sop_instance_uid"] in missing, row["object_key"]))
+        looks = {**known, **_look(config, lake, cohort, missing, progress)}
+        verdicts = _judge(rows, looks, config.quality)
+        new = [
+            {
+                **looks[row["sop_instance_uid"]],
+                "cohort": cohort,
+                "patient_key": row["patient_key"],
+                "flags": list(flags),
+            }
+            for row, flags in zip(rows, verdicts, strict=True)
+            if row["sop_instance_uid"] in missing or tuple(known[row["sop_instance_uid"]]["flags"]) != flags
+        ]
+        _commit(lake, cohort, identifier, new)
+    flagged = flags_of(lake, cohort)
+    kept = {row["sop_instance_uid"] for row in rows}
+    counts = Counter(code for uid, flags in flagged.items() if uid in kept for code in flags)
+    return GateResult(
+        cohort=cohort,
+        instances=len(rows),
+        gated=len(missing),
+        flagged=len(flagged.keys() & kept),
+        flags=dict(sorted(counts.items())),
+        gate_id=identifier,
+        version=lake.version(QUALITY),
+    )
+
+
+def gate_id(rules: QualityConfig) -> str:
+    """Return 16 hex digits naming the rules and the way images are looked at."""
+    return config_hash(rules)[:14] + f"{LOOK_FORMAT:02x}"
+
+
+def _stored(lake: Lake, cohort: str) -> list[Row]:
+    columns = ["object_key", "sop_instance_uid", "patient_key", "split", "label"]
+    rows = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored"}).to_pylist()
+    if not rows:
+        raise DataError(f"cohort '{cohort}' has no stored images; run `memmc ingest SOURCE --cohort {cohort}`")
+    return rows
+
+
+def _verdicts(lake: Lake, cohort: str, columns: list[str]) -> dict[str, Row]:
+    """Return the newest row of each gated instance."""
     if not lake.exists(QUALITY):
         return {}
-    rows = lake.read(QUALITY, ["sop_instance_uid", "flags", "gated_at"], filter={"cohort": cohort})
-    newest = {row["sop_instance_uid"]: row["flags"] for row in rows.sort_by("gated_at").to_pylist()}
-    return {uid: tuple(flags) for uid, flags in newest.items() if flags}
+    rows = lake.read(QUALITY, columns, filter={"cohort": cohort}).sort_by("gated_at")
+    return {row["sop_instance_uid"]: row for row in rows.to_pylist()}
+
+
+def _missing(rows: list[Row], known: dict[str, Row], identifier: str) -> dict[str, str]:
+    """Return SOP Instance UID -> object key of what these rules have not looked at."""
+    seen = {uid for uid, row in known.items() if row["gate_id"] == identifier}
+    return {row["sop_instance_uid"]: row["object_key"] for row in rows if row["sop_instance_uid"] not in seen}
+
+
+def _judge(rows: list[Row], looks: dict[str, Row], rules: QualityConfig) -> list[tuple[str, ...]]:
+    """Return the flags of every row: its own, and those that the cohort's normals and the rows before it give."""
+    own = [looks[row["sop_instance_uid"]] for row in rows]
+    patients = [row["patient_key"] for row in rows]
+    thumbnails_NTT = thumbnails_from_bytes([item["thumbnail"] for item in own])
+    found = [set(item["flags"]) & OF_ONE_IMAGE for item in own]
+    # Of the train share alone: held-out normals are then treated like every other image.
+    fitted = sorted(
+        (row["sop_instance_uid"], number)
+        for number, row in enumerate(rows)
+        if row["label"] == "normal" and row["split"] == "train" and not found[number]
+    )[: rules.max_reference]
+    chosen = np.array([number for _, number in fitted], dtype=np.int64)
+    reference = fit_reference(thumbnails_NTT[chosen], [patients[number] for number in chosen], rules)
+    if reference is not None:
+        for flags, judged in zip(found, reference.judge(thumbnails_NTT, patients, rules), strict=True):
+            flags |= judged
+    plain = [number for number, flags in enumerate(found) if not flags & OF_ONE_IMAGE]
+    hashes = [own[number]["perceptual_hash"] for number in plain]
+    for number in duplicates(hashes, thumbnails_NTT[plain], [patients[number] for number in plain], rules):
+        found[plain[number]].add(DUPLICATE)
+    return [in_order(flags) for flags in found]
+
+
+def _look(config: Config, lake: Lake, cohort: str, missing: dict[str, str], progress: Progress) -> dict[str, Row]:
+    """Return a look at each missing instance: here for a few, on the cluster for many."""
+    files = lake.files(INSTANCES, None, {"outcome": "stored", "cohort": cohort})
+    keys = sorted(missing.values())
+    found: dict[str, Row] = {}
+    if len(missing) <= _FEW:
+        tables = _read_here(lake, files, cohort, keys, config.quality)
+        _collect(tables, found, progress)
+    else:
+        with ray_cluster(config, home_directory(), training=False):
+            task: Any = partial(_look_at, rules=config.quality)
+            rows = stream(lake.storage, files, _LOOKED_AT, len(files), filter={"cohort": cohort}, keys=keys)
+            looked = rows.map_batches(task, batch_size=256, batch_format="pyarrow")
+            _collect(looked.iter_batches(batch_size=None, batch_format="pyarrow"), found, progress)
+    if found.keys() != missing.keys():
+        raise DataError(f"{len(missing)} instances were to be gated, {len(found)} were read; run `memmc gate` again")
+    return found
+
+
+def _collect(tables: Any, found: dict[str, Row], progress: Progress) -> None:
+    for table in tables:
+        found.update((row["sop_instance_uid"], row) for row in table.to_pylist())
+        progress.advance(len(found))
+
+
+def _read_here(
+    lake: Lake, files: list[DataFile], cohort: str, keys: list[str], rules: QualityConfig
+) -> Iterator[pa.Table]:
+    for file in files:
+        for rows in read_rows(lake.storage, INSTANCES, file, _LOOKED_AT, {"cohort": cohort}, pa.array(keys)):
+            yield _look_at(rows, rules)
+
+
+def _look_at(rows: pa.Table, rules: QualityConfig) -> pa.Table:
+    """Look at instances; they may be of several shapes."""
+    looks: list[Row] = []
+    for number, row in enumerate(rows.select(("sop_instance_uid", "rows", "columns", "bits")).to_pylist()):
+        image_HWC = pixels_to_array(rows.slice(number, 1))[0]
+        grey_HW = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC.mean(axis=-1)
+        one = look(grey_HW, 2 ** row["bits"] - 1, row["rows"], row["columns"], rules)
+        looks.append({"sop_instance_uid": row["sop_instance_uid"], **vars(one)})
+    return pa.Table.from_pylist(looks, schema=pa.schema([SCHEMAS[QUALITY].field(name) for name in _SEEN]))
+
+
+def _commit(lake: Lake, cohort: str, identifier: str, rows: list[Row]) -> None:
+    run, now = f"gate-{cohort}-{uuid.uuid4().hex[:12]}", datetime.now(UTC)
+    names = SCHEMAS[QUALITY].names
+    whole = [{**row, "gate_id": identifier, "run": run, "gated_at": now} for row in rows]
+    table = pa.Table.from_pylist([{name: row[name] for name in names} for row in whole], schema=SCHEMAS[QUALITY])
+    counts = Counter(code for row in rows for code in row["flags"])
+    lake.append(QUALITY, table, run, {"cohort": cohort, "flags": json.dumps(dict(sorted(counts.items())))})

@@ -122,6 +122,19 @@ class EvaluationResult(Result):
 
 
 @dataclass(frozen=True)
+class GateResult(Result):
+    """Account of the quality gate: of `instances`, `gated` were looked at now; `flagged` are kept out, by code."""
+
+    cohort: str
+    instances: int
+    gated: int
+    flagged: int
+    flags: dict[str, int]
+    gate_id: str
+    version: int
+
+
+@dataclass(frozen=True)
 class ReportResult(Result):
     """Where the report lies."""
 

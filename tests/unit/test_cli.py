@@ -23,7 +23,7 @@ VERBS = {
     "select",
     "export",
 }
-VERBS |= {"lake", "scan-phi", "vault", "erase"}
+VERBS |= {"lake", "scan-phi", "erase", "vault", "gate"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
