@@ -44,7 +44,7 @@ def ingest_flow(
     """Bring DICOM objects into the lake: each becomes one row, with pixels or with a reason.
 
     Args:
-        source: folder or s3:// prefix of DICOM objects.
+        source: folder, ZIP file, s3:// prefix, orthanc+https:// or dicomweb+https:// server.
         cohort: name the rows are filed under.
         config: settings that differ from the defaults, by section; never key material.
         label: normal, abnormal or unknown, for every object.

@@ -89,7 +89,10 @@ def _flow_steps() -> Steps:
 
 @app.command()
 def ingest(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Folder or s3:// prefix of DICOM objects.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="Folder, ZIP file, s3://, orthanc+https:// or dicomweb+https:// URI."),
+    ],
     cohort: CohortOption,
     label: Annotated[
         str | None, typer.Option("--label", help="Label of every object: normal, abnormal or unknown.")
