@@ -80,16 +80,16 @@ class Reconstructor:
                 Path(folder, name).write_bytes(data)
             self._loaded = load_model(folder, self._device)
         self._scorer = scorer_from_bytes(job.scorer_state) if job.scorer_state is not None else make_scorer(job.score)
-        self._batch_size = job.score.batch_size
+        self.batch_size = job.score.batch_size
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Return features, or score rows, of instances of one shape; they are judged some at a time."""
         if not rows.num_rows:
             return SCHEMAS[SCORES].empty_table() if self._job.judge else pa.table({})
-        if not self._batch_size:
-            self._batch_size = self._find_batch_size(rows)
-            _log.info("batch size %d found for %d passes per image", self._batch_size, self._job.score.passes)
-        step = self._batch_size
+        if not self.batch_size:
+            self.batch_size = self._find_batch_size(rows)
+            _log.info("batch size %d found for %d passes per image", self.batch_size, self._job.score.passes)
+        step = self.batch_size
         return pa.concat_tables([self.batch(rows.slice(start, step)) for start in range(0, rows.num_rows, step)])
 
     def batch(self, rows: pa.Table) -> pa.Table:

@@ -72,7 +72,7 @@ def residual_vectors(images_BCHW: Tensor, expected_BCHW: Tensor, grid: int) -> T
     return torch.cat(parts, dim=1)
 
 
-def residual_maps(images_BCHW: Tensor, reconstruction: Reconstruction) -> NDArray[np.float16]:
+def residual_maps(images_BCHW: Tensor, reconstruction: Reconstruction) -> NDArray[np.float32]:
     """Return `smoothed_residuals`, shrunk, as an array."""
     return shrink_maps(smoothed_residuals(images_BCHW, reconstruction.mean_BCHW))
 
@@ -85,18 +85,21 @@ def smoothed_residuals(images_BCHW: Tensor, expected_BCHW: Tensor) -> Tensor:
     return torch.cat(maps, dim=1)
 
 
-def shrink_maps(maps_BMHW: Tensor) -> NDArray[np.float16]:
+def shrink_maps(maps_BMHW: Tensor) -> NDArray[np.float32]:
     """Return `shrunk` maps as an array."""
     return shrunk(maps_BMHW).cpu().numpy()
 
 
 def shrunk(maps_BMHW: Tensor) -> Tensor:
-    """Return the maps area-averaged to a longer side of at most `MAP_SIDE` px, as float16."""
+    """Return the maps area-averaged to a longer side of at most `MAP_SIDE` px.
+
+    Not rounded: float16 would turn a difference in the last bit, between batches, into one of 5e-4.
+    """
     longer = max(maps_BMHW.shape[-2:])
     if longer > MAP_SIDE:
         size = [max(1, round(n * MAP_SIDE / longer)) for n in maps_BMHW.shape[-2:]]
         maps_BMHW = F.interpolate(maps_BMHW, size=size, mode="area")
-    return maps_BMHW.half()
+    return maps_BMHW.float()
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,13 @@ class Features:
 
     Attributes:
         vectors_NF: float32.
-        maps_NMHW: float16, longer side at most 64 px.
+        maps_NMHW: longer side at most 64 px; float32, or float16 of normals kept for a fit.
         spread_N: root mean square, over the image, of the standard deviation between passes, grey values in [0, 1].
         size: height and width of the images, px.
     """
 
     vectors_NF: NDArray[np.float32]
-    maps_NMHW: NDArray[np.float16]
+    maps_NMHW: NDArray[np.float32] | NDArray[np.float16]
     spread_N: NDArray[np.float32]
     size: tuple[int, int]
 
@@ -263,11 +263,13 @@ class CrossFit:
         scorer: fitted on all normals.
         normal_scores_N: out-of-fold, in the order of the features.
         map_scale: 99.5 % pixel quantile of the out-of-fold maps.
+        normal_peaks_N: highest pixel of each out-of-fold map, as stored (float16).
     """
 
     scorer: Scorer
     normal_scores_N: NDArray[np.float64]
     map_scale: float
+    normal_peaks_N: NDArray[np.float64]
 
 
 def fit_and_calibrate(
@@ -295,13 +297,14 @@ def fit_and_calibrate(
     order = np.random.default_rng(seed).permutation(len(patients))
     fold_of = {patients[place]: position % folds for position, place in enumerate(order)}
     fold_N = np.array([fold_of[key] for key in patient_keys])
-    scores_N = np.empty(len(normals))
+    scores_N, peaks_N = np.empty(len(normals)), np.empty(len(normals))
     maps: list[NDArray[np.floating]] = []
     for fold in range(folds):
         batch = scorer.fit(normals.take(fold_N != fold)).score_features(normals.take(fold_N == fold))
         scores_N[fold_N == fold] = batch.anomaly_score_B
         maps.append(batch.anomaly_map_BHW.astype(np.float16))
-    return CrossFit(scorer.fit(normals), scores_N, map_scale(np.concatenate(maps)))
+        peaks_N[fold_N == fold] = maps[-1].max((1, 2))
+    return CrossFit(scorer.fit(normals), scores_N, map_scale(np.concatenate(maps)), peaks_N)
 
 
 def _label(data: bytes) -> str:

@@ -127,7 +127,7 @@ def test_map_statistics_find_the_odd_place() -> None:
     expected[30, :, 40:56, 8:24] += 0.1
     maps = residual_maps(images, reconstruction(expected))
     assert maps.shape == (31, 6, 64, 64)
-    assert maps.dtype == np.float16
+    assert maps.dtype == np.float32
     anomaly = MapStatistics.fit(maps[:30]).anomaly(maps)
     assert anomaly.shape == (31, 64, 64)
     assert (anomaly >= 0).all()
