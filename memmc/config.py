@@ -72,7 +72,13 @@ class DeidConfig(Section):
     """De-identification (PS3.15 Annex E, default-deny)."""
 
     key_file: str | None = Field(
-        default=None, description="File with the identity key, at least 32 bytes; a throw-away key is made when absent."
+        default=None,
+        description="File with the identity key, at least 32 bytes, mode 0600; MEMMC_DEID_KEY in the environment goes "
+        "before it, and a throw-away key is made when there is neither.",
+    )
+    key_secret: str | None = Field(
+        default=None,
+        description="Prefect Secret block that holds the identity key, for flows; its value is never a parameter.",
     )
     vault_uri: str | None = Field(
         default=None,
@@ -352,6 +358,22 @@ class TrainConfig(Section):
         default=2 << 30, ge=0, description="Each worker keeps all images in memory up to this size, bytes."
     )
     checkpoint_seconds: float = Field(default=60.0, gt=0, description="Time between checkpoints, s.")
+    look_seconds: float = Field(
+        default=60.0, gt=0, description="Time between two looks at what memory and levels are used for, s."
+    )
+    validate_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="Share of the training patients kept back; looks then measure the masked error on their images, "
+        "and how well planted lesions are found in them.",
+    )
+    select: Literal["last", "val_error", "probe_auroc"] = Field(
+        default="last", description="Which averaged weights are registered: the last, or the best by a look's figure."
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Looks without a better figure that end the run; none do when absent."
+    )
     max_failures: int = Field(
         default=3, ge=0, description="Worker failures survived by restarting from the last checkpoint."
     )
@@ -372,6 +394,14 @@ class TrainConfig(Section):
     def _elastic_range(self) -> TrainConfig:
         if self.min_workers is not None and self.min_workers > self.num_workers:
             raise ValueError("train.min_workers must not be above train.num_workers")
+        return self
+
+    @model_validator(mode="after")
+    def _selection_has_figures(self) -> TrainConfig:
+        if (self.select != "last" or self.patience is not None) and not self.validate_share:
+            raise ValueError("train.select and train.patience need train.validate_share above 0")
+        if self.patience is not None and self.select == "last":
+            raise ValueError("train.patience needs train.select = val_error or probe_auroc")
         return self
 
 
@@ -414,6 +444,9 @@ class CalibrateConfig(Section):
     )
     min_stratum_normals: Positive = Field(
         default=100, description="A stratum with fewer held-out normal images is judged by the pooled ones [choice]."
+    )
+    region_rate: Fraction = Field(
+        default=0.05, description="Share of normal images whose map may show a region; it sets the maps' level."
     )
 
 

@@ -1,8 +1,9 @@
 """Checkpoints of a run in progress: safetensors and JSON only, verified when read.
 
-A checkpoint is a folder with `weights.safetensors`, `average.safetensors`, `optimizer.safetensors` and, written last,
-`state.json` with the counters, the position in the data and the SHA-256 of the others. Randomness needs no file: what
-a step draws follows from (seed, rank, step). Tensors are whole, however many workers hold them.
+A checkpoint is a folder with `weights.safetensors`, `average.safetensors`, `optimizer.safetensors`,
+`selected.safetensors` (the best average so far; empty without a selection) and, written last, `state.json` with the
+counters, the position in the data and the SHA-256 of the others. Randomness needs no file: what a step draws follows
+from (seed, rank, step). Tensors are whole, however many workers hold them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from memmc.training.sharding import spread_like, whole
 
 FORMAT = 2
 STATE_FILE = "state.json"
-TENSOR_FILES = ("weights.safetensors", "average.safetensors", "optimizer.safetensors")
+TENSOR_FILES = ("weights.safetensors", "average.safetensors", "optimizer.safetensors", "selected.safetensors")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class RunState:
         elapsed_s: wall time of the loop so far, over all attempts, s.
         seed: of the run.
         losses: of the last steps.
+        best_step: step of the selected average; 0 without one.
+        best_value: its figure, higher is better.
+        looks_since_best: looks that were not better.
     """
 
     step: int
@@ -48,6 +52,9 @@ class RunState:
     elapsed_s: float
     seed: int
     losses: tuple[float, ...] = ()
+    best_step: int = 0
+    best_value: float = 0.0
+    looks_since_best: int = 0
 
     @classmethod
     def of_document(cls, document: dict[str, Any]) -> RunState:
@@ -73,9 +80,18 @@ class Content:
     average_updates: int
 
 
-def collect(model: MemMCMAE, average: WeightAverage, optimizer: torch.optim.Optimizer) -> Content:
-    """Gather what a checkpoint holds; with a sharded model every worker must ask at the same time."""
-    tensors = (model.state_dict(), average.model.state_dict(), _optimizer_tensors(model, optimizer))
+def collect(
+    model: MemMCMAE,
+    average: WeightAverage,
+    optimizer: torch.optim.Optimizer,
+    selected: dict[str, Tensor] | None = None,
+) -> Content:
+    """Gather what a checkpoint holds; with a sharded model every worker must ask at the same time.
+
+    Args:
+        selected: weights of the best average so far.
+    """
+    tensors = (model.state_dict(), average.model.state_dict(), _optimizer_tensors(model, optimizer), selected or {})
     gathered = tuple({name: whole(value.detach()) for name, value in group.items()} for group in tensors)
     return Content(gathered, _model_identity(model), average.updates)
 
@@ -102,8 +118,8 @@ def save_checkpoint(folder: str | Path, content: Content, state: RunState) -> No
 
 def load_checkpoint(
     folder: str | Path, model: MemMCMAE, average: WeightAverage, optimizer: torch.optim.Optimizer
-) -> RunState:
-    """Put a checkpoint's content into the three objects and return its counters.
+) -> tuple[RunState, dict[str, Tensor]]:
+    """Put a checkpoint's content into the three objects; return its counters and the selected weights.
 
     Nothing is changed unless every file is sound.
 
@@ -124,12 +140,12 @@ def load_checkpoint(
             content.append(load_file(path))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"checkpoint file {name} cannot be read ({type(error).__name__})") from None
-    weights, averages, moments = content
+    weights, averages, moments, selected = content
     load_whole(model, weights)
     load_whole(average.model, averages)
     average.updates = int(document["average_updates"])
     _restore_optimizer(model, optimizer, moments)
-    return RunState.of_document(document["state"])
+    return RunState.of_document(document["state"]), selected
 
 
 def load_whole(model: MemMCMAE, weights: dict[str, Tensor]) -> None:

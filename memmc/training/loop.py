@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Save = Callable[[Path], None]
 Metrics = dict[str, int | float]
+Look = Callable[[MemMCMAE], dict[str, float]]
 
 AGREE_STEPS = 8
 """Steps between two words from rank 0; also between two log entries."""
@@ -55,7 +56,9 @@ class TrainOutcome:
     """A finished run.
 
     Attributes:
-        ema_model: the averaged model, the one to export.
+        ema_model: the averaged model at the end.
+        selected: the averaged model to export: the best by `train.select`, else the last.
+        selected_step: the optimiser step it is of.
         steps: optimiser steps, over all attempts.
         epochs: epochs begun.
         train_seconds: wall time of the loop, over all attempts, s.
@@ -64,6 +67,8 @@ class TrainOutcome:
     """
 
     ema_model: MemMCMAE
+    selected: MemMCMAE
+    selected_step: int
     steps: int
     epochs: int
     train_seconds: float
@@ -74,6 +79,7 @@ class TrainOutcome:
         """Return the numbers."""
         return {
             "steps": self.steps,
+            "selected_step": self.selected_step,
             "epochs": self.epochs,
             "train_seconds": self.train_seconds,
             "loss": self.loss,
@@ -130,10 +136,11 @@ def train(
     sync: Sync | None = None,
     resume_from: str | Path | None = None,
     on_step: Callable[[], None] | None = None,
+    on_look: Look | None = None,
     on_log: Callable[[Metrics], None] | None = None,
     on_checkpoint: Callable[[Save, Metrics], None] | None = None,
 ) -> TrainOutcome:
-    """Train until `max_steps` or `max_minutes`, whichever comes first.
+    """Train until `max_steps` or `max_minutes`, whichever comes first, or `patience` is at its end.
 
     Args:
         model: trained in place; must start equal on all ranks.
@@ -149,6 +156,8 @@ def train(
         sync: the fellow workers; none when absent.
         resume_from: folder of a checkpoint to go on from.
         on_step: called after every step.
+        on_look: called on every rank every `look_seconds` and at the end with the averaged model, whole; the figures
+            it returns, equal on all ranks, go into the next log entry, and `train.select` picks one of them.
         on_log: given step, epoch, progress, loss, lr, grad_norm, images_per_s (all workers), data_wait (share of
             the time spent waiting for batches) and elapsed_s, on every rank, every few steps.
         on_checkpoint: called on every rank every `checkpoint_seconds` and at the end, with a function that writes
@@ -163,7 +172,7 @@ def train(
     run = _Run(model.to(device), config, spec, torch.device(device), world_size, rank, sync or Alone())
     if resume_from is not None:
         run.resume(resume_from)
-    return run.run(feed, on_step, on_log, on_checkpoint)
+    return run.run(feed, on_step or (lambda: None), on_look, on_log or (lambda _: None), on_checkpoint)
 
 
 class _Run:
@@ -189,9 +198,10 @@ class _Run:
         self.losses: deque[float] = deque(maxlen=LOSS_STEPS)
         self.last_norm = math.nan
         self.num_images = 0
+        self.selected: dict[str, Tensor] = {}
 
     def resume(self, folder: str | Path) -> None:
-        state = load_checkpoint(folder, self.model, self.average, self.optimizer)
+        state, self.selected = load_checkpoint(folder, self.model, self.average, self.optimizer)
         self.state = replace(state, position=state.position.shared_by(self.world_size))
         self.losses.extend(self.state.losses)
         logger.info("resumed at step %d after %.0f s", self.state.step, self.state.elapsed_s)
@@ -199,8 +209,9 @@ class _Run:
     def run(
         self,
         feed: Feed,
-        on_step: Callable[[], None] | None,
-        on_log: Callable[[Metrics], None] | None,
+        on_step: Callable[[], None],
+        on_look: Look | None,
+        on_log: Callable[[Metrics], None],
         on_checkpoint: Callable[[Save, Metrics], None] | None,
     ) -> TrainOutcome:
         self.num_images = feed.num_images
@@ -208,20 +219,22 @@ class _Run:
         clock = _Clock(self.config, self.sync, self.state)
         window = _Window(feed(self.state.position), self.state.position.images)
         metrics: Metrics = {}
-        first, saved_s = self.state.step, self.state.elapsed_s
-        while (progress := clock.progress(self.state.step)) < 1.0:
+        first, saved_s, looked_s = self.state.step, self.state.elapsed_s, self.state.elapsed_s
+        while (progress := clock.progress(self.state.step)) < 1.0 and not self._out_of_patience():
             rate = learning_rate(progress, self.config, self._global_batch)
             self._step([window.next_batch() for _ in range(self.config.accumulate)], rate)
-            if on_step is not None:
-                on_step()
+            on_step()
             if self.state.step - first in EARLY_STEPS:
                 clock.agree(self.state.step)
             if self.state.step % AGREE_STEPS == 0:
                 elapsed_s = clock.agree(self.state.step)
                 self._check_finite()
                 metrics = self._metrics(progress, rate, elapsed_s) | window.close(self.state.position.images)
-                if on_log is not None:
-                    on_log(metrics)
+                if on_look is not None and elapsed_s - looked_s >= self.config.look_seconds:
+                    metrics |= self._look(on_look)
+                    looked_s = elapsed_s
+                    on_step()
+                on_log(metrics)
                 if on_checkpoint is not None and elapsed_s - saved_s >= self.config.checkpoint_seconds:
                     on_checkpoint(self._saver(clock), metrics)
                     saved_s = elapsed_s
@@ -229,10 +242,15 @@ class _Run:
         seconds = clock.own_s
         if not metrics:
             metrics = self._metrics(1.0, 0.0, seconds) | window.close(self.state.position.images)
+        if on_look is not None and self.state.step > first:
+            on_log(metrics | self._metrics(1.0, 0.0, seconds) | self._look(on_look))
         if on_checkpoint is not None:
             on_checkpoint(self._saver(clock), metrics)
+        average = self._whole_average()
         return TrainOutcome(
-            ema_model=self._whole_average(),
+            ema_model=average,
+            selected=self._with_weights(self.selected) if self.selected else average,
+            selected_step=self.state.best_step if self.selected else self.state.step,
             steps=self.state.step,
             epochs=math.ceil(self.state.position.images / self.num_images) if self.num_images else 0,
             train_seconds=seconds,
@@ -325,7 +343,7 @@ class _Run:
 
     def _saver(self, clock: _Clock) -> Save:
         state = replace(self.state, elapsed_s=clock.own_s, losses=tuple(self.losses))
-        content = collect(self.model, self.average, self.optimizer)
+        content = collect(self.model, self.average, self.optimizer, self.selected)
 
         def save(folder: Path) -> None:
             save_checkpoint(folder, content, state)
@@ -334,10 +352,28 @@ class _Run:
 
     def _whole_average(self) -> MemMCMAE:
         """Return the average with all of its weights on this worker."""
-        average = self.average.model
-        copy = MemMCMAE(average.config, average.image_size, average.channels).eval().requires_grad_(False)
-        copy.load_state_dict({name: whole(value) for name, value in average.state_dict().items()})
+        return self._with_weights({name: whole(value) for name, value in self.average.model.state_dict().items()})
+
+    def _with_weights(self, weights: dict[str, Tensor]) -> MemMCMAE:
+        copy = MemMCMAE(self.model.config, self.model.image_size, self.model.channels).eval().requires_grad_(False)
+        copy.load_state_dict(weights)
         return copy.to(self.device)
+
+    def _look(self, on_look: Look) -> dict[str, float]:
+        """Look at the average, and keep its weights when its figure is the best so far."""
+        average = self._whole_average()
+        found = on_look(average)
+        if self.config.select != "last":
+            value = found[self.config.select] * (-1.0 if self.config.select == "val_error" else 1.0)
+            if not self.selected or value > self.state.best_value:
+                self.selected = {name: tensor.cpu() for name, tensor in average.state_dict().items()}
+                self.state = replace(self.state, best_step=self.state.step, best_value=value, looks_since_best=0)
+            else:
+                self.state = replace(self.state, looks_since_best=self.state.looks_since_best + 1)
+        return found
+
+    def _out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.state.looks_since_best >= self.config.patience
 
 
 class _Window:

@@ -112,7 +112,8 @@ def test_metrics_and_outcome() -> None:
     assert all(0.0 <= entry["data_wait"] <= 1.0 for entry in logged)
     assert logged[1]["epoch"] == 3
     assert outcome.as_dict() == {
-        "steps": 20, "epochs": 5, "train_seconds": outcome.train_seconds, "loss": outcome.loss, "images": 320
+        "steps": 20, "selected_step": 20, "epochs": 5, "images": 320,
+        "train_seconds": outcome.train_seconds, "loss": outcome.loss,
     }  # fmt: skip
 
 

@@ -127,11 +127,12 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
         "average.safetensors",
         "optimizer.safetensors",
+        "selected.safetensors",
         "state.json",
         "weights.safetensors",
     ]
     other, other_average, other_optimizer = build(1)
-    assert load_checkpoint(tmp_path / "c", other, other_average, other_optimizer) == STATE
+    assert load_checkpoint(tmp_path / "c", other, other_average, other_optimizer) == (STATE, {})
     assert other_average.updates == average.updates
     for mine, theirs in ((model, other), (average.model, other_average.model)):
         for (name, value), found in zip(mine.state_dict().items(), theirs.state_dict().values(), strict=True):
