@@ -47,6 +47,23 @@ _TYPES: Final = {
             }
         )
     ),
+    "regions": pa.list_(
+        pa.struct(
+            {
+                "x_px": pa.int32(),  # left, top and size of the box in the map, which has the stored pixels' geometry
+                "y_px": pa.int32(),
+                "width_px": pa.int32(),
+                "height_px": pa.int32(),
+                "area_px": pa.int32(),
+                "peak": pa.float64(),
+                "p_value": pa.float64(),  # against the highest map value of held-out normals
+                "image_x_px": pa.float64(),  # the box in the original image; null where its geometry is not known
+                "image_y_px": pa.float64(),
+                "image_width_px": pa.float64(),
+                "image_height_px": pa.float64(),
+            }
+        )
+    ),
     "time": pa.timestamp("us", tz="UTC"),
 }
 
@@ -123,6 +140,8 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "run str",
         "stratum str?",  # of the calibration, by which p_value and is_abnormal were judged
         "not_scored str?",  # reason code of an instance that has no score
+        "uncertainty_map bytes?",  # float16 like anomaly_map: standard deviation over passes, grey values in [0, 1]
+        "regions regions?",  # connected parts of the map above the calibration's map_level, highest peak first
     ),
     CALIBRATIONS: _schema(
         "calibration_id str",
@@ -143,6 +162,8 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "strata_columns strs?",  # columns of `instances` whose values make a stratum
         "strata strata?",  # thresholds with intervals, the pooled ones first
         "study_p_values f64s?",  # smallest p-value of each held-out normal study, sorted
+        "map_level f64?",  # map value above which a region stands out
+        "normal_peaks f64s?",  # highest map value of each held-out normal, sorted
     ),
     LABELS: _schema("cohort str", "sop_instance_uid str", "label str", "source str", "labelled_at time"),
     QUALITY: _schema(

@@ -22,8 +22,9 @@ from memmc.pipeline.quality import flags_of
 from memmc.pipeline.results import CalibrationResult
 from memmc.pipeline.select import normals, one_preparation
 from memmc.scoring.bulk import Keys, ScoringJob, features_of, join_features, model_files, score_columns
-from memmc.scoring.calibration import threshold_at
-from memmc.scoring.strata import Stratum, fit_strata
+from memmc.scoring.calibration import smallest_rate, threshold_at
+from memmc.scoring.strata import Judge, Stratum, fit_strata
+from memmc.scoring.studies import normal_study_minima
 
 # The fits that judge hold-out scores lack 1/20 of the normals, so they are hardly stricter than the final one.
 _FOLDS = 20
@@ -91,6 +92,8 @@ def calibrate_model(
         "false_positive_rate": settings.false_positive_rate,
         "threshold": threshold_at(fitted.normal_scores_N, settings.false_positive_rate),
         "num_normals": len(rows),
+        "map_level": threshold_at(fitted.normal_peaks_N, max(settings.region_rate, smallest_rate(len(rows)))),
+        "normal_peaks": sorted(fitted.normal_peaks_N.tolist()),
         "normal_scores": list(strata[0].normal_scores),
         "map_scale": fitted.map_scale,
         "scorer_state": fitted.scorer.state_to_bytes(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memmc.config import Config
+from memmc.dicom.geometry import Fit
 from memmc.errors import ModelError, PreprocessMismatch
 from memmc.model.digest import model_digest
 from memmc.registry.models import download, resolve
@@ -59,6 +60,11 @@ class OpenModel:
                 f"model {self.ref} knows pixels prepared as {self.preprocess_id}, the cohort holds {sorted(others)}; "
                 "ingest with the data.* settings of the model, or train on this cohort"
             )
+
+
+def fit_of(config: Config, model: OpenModel) -> Fit | None:
+    """Return how a model's images were fitted to the square; None where `data.*` is not what they were made with."""
+    return config.data.fit if config.preprocess_id == model.preprocess_id else None
 
 
 def tracking_of(config: Config, home: Path) -> Tracking:

@@ -56,7 +56,8 @@ def package(
         raise DataError(f"cohort '{opened.cohort}' of {opened.ref} has no stored images to compare scores on")
     uids = sorted(stored)[:PARITY_SCANS]  # keyed, so their order is a draw
     pixels = read_pixels(lake, opened.cohort, uids)
-    return write_package(opened, calibration, config.score.passes, pixels, uids, out, formats, progress)
+    passes = calibration["passes"] or config.score.passes
+    return write_package(opened, calibration, passes, pixels, uids, out, formats, progress)
 
 
 def write_package(

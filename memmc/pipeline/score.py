@@ -20,13 +20,14 @@ from memmc.lake.vacuum import lease
 from memmc.pipeline.calibrate import has_gpu
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
-from memmc.pipeline.models import OpenModel, open_model
+from memmc.pipeline.models import OpenModel, fit_of, open_model
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import PlanResult, ScoreResult
 from memmc.pipeline.score_ledger import ScoreLedger
 from memmc.pipeline.score_plan import ScorePlan, Unit, plan_scores
 from memmc.pipeline.select import newest_calibration
 from memmc.scoring.bulk import ScoringJob, complete, model_files, score_columns, score_shards
+from memmc.scoring.regions import region_judge
 from memmc.scoring.strata import judge_of
 
 _ROWS_PER_LEG = 50_000  # after which a run looks at what others have scored meanwhile
@@ -174,7 +175,7 @@ class _Run:
         files = [unit.file for unit in leg]
         columns = score_columns(job.judge.columns if job.judge else ())
         dataset = stream(self.lake.storage, files, columns, parallelism=len(files), keys=keys)
-        map_bytes = 2 * self.plan.preparation["height"] * self.plan.preparation["width"]
+        map_bytes = 4 * self.plan.preparation["height"] * self.plan.preparation["width"]
         committed = time.monotonic()
         for shard in score_shards(ray, dataset, job, self.lake.storage, map_bytes):
             self._waiting.append(shard)
@@ -219,6 +220,7 @@ class _Run:
             scorer_state=self.calibration["scorer_state"],
             judge=judge_of(self.calibration),
             fixed=self._fixed(),
+            regions=region_judge(self.calibration, fit_of(self.config, self.model)),
         )
 
     def _fixed(self) -> dict[str, Any]:

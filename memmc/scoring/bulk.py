@@ -20,6 +20,7 @@ from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.storage import Storage
 from memmc.lake.stream import PIXEL_COLUMNS, pixels_to_array
 from memmc.scoring.batching import LARGEST, find_batch_size
+from memmc.scoring.regions import GEOMETRY_COLUMNS, RegionJudge, map_columns
 from memmc.scoring.strata import Judge, stratum_names
 
 KEY_COLUMNS = ("sop_instance_uid", "patient_key", "study_uid")
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 def score_columns(strata: Sequence[str] = ()) -> list[str]:
     """Return the columns of `instances` that scoring reads; `strata` are those that name a stratum."""
-    return [*KEY_COLUMNS, *strata, *PIXEL_COLUMNS]
+    return [*KEY_COLUMNS, *strata, *GEOMETRY_COLUMNS, *PIXEL_COLUMNS]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ScoringJob:
         judge: turns scores into p-values and verdicts; None to return features.
         strata: columns that name a stratum; they come back with the features.
         fixed: columns every score row shares (cohort, model, model_digest, calibration_id, dataset_version, ...).
+        regions: makes regions of the maps.
     """
 
     model_files: dict[str, bytes]
@@ -53,6 +55,7 @@ class ScoringJob:
     judge: Judge | None = None
     strata: tuple[str, ...] = ()
     fixed: dict[str, Any] | None = None
+    regions: RegionJudge | None = None
 
 
 def model_files(folder: Path) -> dict[str, bytes]:
@@ -94,10 +97,13 @@ class Reconstructor:
 
     def batch(self, rows: pa.Table) -> pa.Table:
         """Return features, or score rows, of instances that go through the model together."""
-        features = self._scorer.features(*self._reconstruct(rows))
+        images_BCHW, reconstruction = self._reconstruct(rows)
+        features = self._scorer.features(images_BCHW, reconstruction)
         if self._job.judge is None:
             return _features_table(rows, features, self._job.strata)
-        return _score_table(rows, self._scorer.score_features(features), self._job.judge, self._job.fixed or {})
+        scored = self._scorer.score_features(features)
+        maps = map_columns(rows, scored.anomaly_map_BHW, reconstruction.variance_BCHW, self._job.regions)
+        return _score_table(rows, scored, self._job.judge, self._job.fixed or {}, maps)
 
     def _find_batch_size(self, rows: pa.Table) -> int:
         import psutil
@@ -130,13 +136,16 @@ class Reconstructor:
         return images_BCHW, reconstruction.rescale(info.pixel_mean, info.pixel_std)
 
 
-def _score_table(rows: pa.Table, scored: Any, judge: Judge, fixed: dict[str, Any]) -> pa.Table:
+def _score_table(
+    rows: pa.Table, scored: Any, judge: Judge, fixed: dict[str, Any], maps: dict[str, pa.Array]
+) -> pa.Table:
     from memmc.scoring.maps import encode_map
 
     height, width = scored.anomaly_map_BHW.shape[1:]
     verdicts = judge.judge(scored.anomaly_score_B, _strata_of(rows, judge.columns))
     columns: dict[str, Any] = {
         **{name: rows[name] for name in KEY_COLUMNS},
+        **maps,
         "anomaly_score": pa.array(scored.anomaly_score_B),
         "p_value": pa.array(verdicts.p_value_B),
         "is_abnormal": pa.array(verdicts.is_abnormal_B),
@@ -174,7 +183,7 @@ def score_shards(ray: Any, dataset: Any, job: ScoringJob, storage: Storage, map_
         dataset: rows with `score_columns`.
         job: with a fitted scorer and a judge.
         storage: the lake's.
-        map_bytes: of one anomaly map; bounds the rows of a shard.
+        map_bytes: of the maps of one image; bounds the rows of a shard.
     """
     rows = max(1, min(job.score.rows_per_shard, _SHARD_BYTES // max(1, map_bytes)))
     written = _actors(ray, dataset, job).map_batches(

@@ -50,7 +50,7 @@ class Features:
     """
 
     vectors_NF: NDArray[np.float32]
-    maps_NMHW: NDArray[np.float32] | NDArray[np.float16]
+    maps_NMHW: NDArray[np.floating]
     spread_N: NDArray[np.float32]
     size: tuple[int, int]
 
