@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from flows.embedded import await_server, prepare
 from flows.naming import check_cohort
 from flows.progress import Both, PrefectProgress
 from memmc.config import Config, load_config
-from memmc.errors import MemmcError, StorageError, UsageError
+from memmc.errors import IdentityKeyError, MemmcError, StorageError, UsageError
+from memmc.pipeline.custody import adopt, holding
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.results import Result
 
@@ -104,7 +106,9 @@ def run_step(key: str, config: Overrides | None, step: Callable[[Config, Progres
     caller = _CALLER.get()
     try:
         resolved = caller.config if caller else config_of(config)
-        with PrefectProgress(key) as shown:
+        adopt(os.environ)
+        secret = resolved.deid.key_secret
+        with nullcontext() if secret is None else holding(secret_value(secret)), PrefectProgress(key) as shown:
             result = step(resolved, Both(caller.progress, shown) if caller else shown)
         if caller:
             caller.error = None  # an earlier try's
@@ -115,6 +119,27 @@ def run_step(key: str, config: Overrides | None, step: Callable[[Config, Progres
         failure = _shareable(error)
     # Raised here and not above, so that no traceback in Prefect's log leads to the original.
     raise failure
+
+
+def secret_value(block: str) -> str:
+    """Return the value of a Prefect Secret block; it goes to the step in memory, not through a parameter or a result.
+
+    Raises:
+        IdentityKeyError: no such block, or it cannot be read.
+    """
+    from prefect.blocks.system import Secret
+
+    failure = IdentityKeyError(
+        "the Prefect Secret block that deid.key_secret names cannot be read; make it with "
+        "'prefect block create secret', or check its name"
+    )
+    try:
+        value = Secret.load(block).get()
+    except Exception:  # noqa: BLE001 - the library's own text may quote the block's document
+        raise failure from None
+    if not isinstance(value, str):
+        raise failure
+    return value
 
 
 def is_transient(_task: Any, _run: Any, state: Any) -> bool:

@@ -14,6 +14,7 @@ import typer
 
 from memmc.cli.terminal import Terminal
 from memmc.config import Config, load_config
+from memmc.pipeline.custody import adopt
 from memmc.pipeline.results import Result
 
 LakeOption = Annotated[
@@ -72,6 +73,7 @@ def call(
 ) -> Generator[Call]:
     """Validate the configuration before anything else, then open the terminal."""
     overrides = [*(settings or []), *([f"lake.uri={lake}"] if lake else [])]
+    adopt(os.environ)
     loaded = load_config(config, os.environ, overrides)
     terminal = Terminal(quiet=as_json)
     try:

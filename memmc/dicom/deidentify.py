@@ -76,10 +76,7 @@ ATTRIBUTES: tuple[str, ...] = (*PATTERNS, *NUMBERS, "lossy")
 
 
 def load_key(path: str | Path) -> bytes:
-    """Read the identity key.
-
-    A key written as text (hex, base64, a pass phrase) is taken without the
-    white space around it, so an editor's last newline does not change it.
+    """Read the identity key from a file; see `parse_key`.
 
     Raises:
         IdentityKeyError: unreadable, or shorter than 32 bytes.
@@ -89,6 +86,18 @@ def load_key(path: str | Path) -> bytes:
     except OSError as error:
         reason = error.strerror
         raise IdentityKeyError(f"identity key cannot be read ({reason}); check deid.key_file") from None
+    return parse_key(key)
+
+
+def parse_key(key: bytes) -> bytes:
+    """Return the identity key as it is used.
+
+    A key written as text (hex, base64, a pass phrase) is taken without the
+    white space around it, so an editor's last newline does not change it.
+
+    Raises:
+        IdentityKeyError: shorter than 32 bytes.
+    """
     if all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in key):
         key = key.strip()
     if len(key) < MIN_KEY_BYTES:

@@ -94,16 +94,16 @@ _ARCHIVES = (
 
 _KEYWORDS = (
     "SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID StudyDate SeriesDate AcquisitionDate ContentDate "
-    "AcquisitionDateTime AccessionNumber Modality ConversionType PresentationIntentType Manufacturer ManufacturerModelName PatientID "
-    "IssuerOfPatientID PatientBirthDate PatientSex PatientAge BodyPartExamined ImagerPixelSpacing ViewPosition "
-    "StudyInstanceUID SeriesInstanceUID Laterality ImageLaterality SamplesPerPixel PhotometricInterpretation "
-    "PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing BitsAllocated BitsStored HighBit "
-    "PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit BurnedInAnnotation WindowCenter WindowWidth "
-    "RescaleIntercept RescaleSlope VOILUTFunction LossyImageCompression ModalityLUTSequence VOILUTSequence "
-    "ViewCodeSequence PresentationLUTShape SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence "
-    "RedPaletteColorLookupTableDescriptor "
-    "GreenPaletteColorLookupTableDescriptor BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData "
-    "GreenPaletteColorLookupTableData BluePaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData "
+    "AcquisitionDateTime AccessionNumber Modality ConversionType PresentationIntentType Manufacturer "
+    "ManufacturerModelName PatientID IssuerOfPatientID PatientBirthDate PatientSex PatientAge BodyPartExamined "
+    "ImagerPixelSpacing ViewPosition StudyInstanceUID SeriesInstanceUID Laterality ImageLaterality SamplesPerPixel "
+    "PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns PixelSpacing BitsAllocated "
+    "BitsStored HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit BurnedInAnnotation "
+    "WindowCenter WindowWidth RescaleIntercept RescaleSlope VOILUTFunction LossyImageCompression "
+    "ModalityLUTSequence VOILUTSequence ViewCodeSequence PresentationLUTShape SharedFunctionalGroupsSequence "
+    "PerFrameFunctionalGroupsSequence RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor "
+    "BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData GreenPaletteColorLookupTableData "
+    "BluePaletteColorLookupTableData SegmentedRedPaletteColorLookupTableData "
     "SegmentedGreenPaletteColorLookupTableData SegmentedBluePaletteColorLookupTableData"
 )
 

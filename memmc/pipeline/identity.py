@@ -7,7 +7,9 @@ import secrets
 from pathlib import Path
 
 from memmc.config import Config
-from memmc.dicom.deidentify import load_key
+from memmc.dicom.deidentify import load_key, parse_key
+from memmc.errors import IdentityKeyError
+from memmc.pipeline.custody import check_private, handed_over
 from memmc.pipeline.progress import Progress, Silent
 
 _THROW_AWAY = "deid.key"
@@ -19,13 +21,14 @@ def home_directory() -> Path:
 
 
 def identity_key(config: Config, home: Path, progress: Progress | None = None) -> bytes:
-    """Return the identity key; make a throw-away one when the configuration names none.
+    """Return the identity key; make a throw-away one when none is handed over or named.
 
     Raises:
-        IdentityKeyError: the named file cannot be read or is too short.
+        IdentityKeyError: the named file cannot be read, can be read by others, or the key is too short.
     """
-    if config.deid.key_file is not None:
-        return load_key(config.deid.key_file)
+    key = _given_key(config)
+    if key is not None:
+        return key
     path = home / _THROW_AWAY
     if not path.exists():
         home.mkdir(parents=True, exist_ok=True)
@@ -40,8 +43,28 @@ def identity_key(config: Config, home: Path, progress: Progress | None = None) -
 
 
 def held_key(config: Config, home: Path) -> bytes | None:
-    """Return the identity key if the caller holds one; never make one."""
-    if config.deid.key_file is not None:
-        return load_key(config.deid.key_file)
+    """Return the identity key if the caller holds one; never make one.
+
+    Raises:
+        IdentityKeyError: as `identity_key`.
+    """
+    key = _given_key(config)
+    if key is not None:
+        return key
     path = home / _THROW_AWAY
     return load_key(str(path)) if path.exists() else None
+
+
+def _given_key(config: Config) -> bytes | None:
+    handed = handed_over()
+    if handed is not None:
+        return parse_key(handed)
+    if config.deid.key_secret is not None:
+        raise IdentityKeyError(
+            "deid.key_secret names a Prefect Secret block, which only a flow can read; run with --flow, or hand the "
+            "key over as MEMMC_DEID_KEY or deid.key_file"
+        )
+    if config.deid.key_file is None:
+        return None
+    check_private(Path(config.deid.key_file))
+    return load_key(config.deid.key_file)

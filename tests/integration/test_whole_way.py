@@ -115,6 +115,7 @@ def test_without_the_key_source_paths_stay_sealed(inside, tmp_path):
 
     score(inside.config, "cxr")
     other = tmp_path / "other.key"
+    other.touch(mode=0o600)
     other.write_text("not-the-key-of-this-lake-not-the-key-of-this-lake")
     deid = inside.config.deid.model_copy(update={"key_file": str(other)})
     table = export_scores(inside.config.model_copy(update={"deid": deid}), "cxr", None, None)

@@ -108,6 +108,7 @@ def test_a_throw_away_key_is_made_said_and_kept_private(tmp_path):
     second = memmc("ingest", "in", "--cohort", "c", "--dry-run", cwd=tmp_path)
     assert "throw-away" not in second.stderr
     other = tmp_path / "other.key"
+    other.touch(mode=0o600)
     other.write_text("another-key-that-is-long-enough-to-be-one-0123456789\n")
     refused = memmc("ingest", "in", "--cohort", "c", "--dry-run", "--set", f"deid.key_file={other}", cwd=tmp_path)
     assert refused.returncode == 1

@@ -36,6 +36,7 @@ def registry(tmp_path_factory):
 @pytest.fixture
 def lake(registry, tmp_path, monkeypatch):
     monkeypatch.chdir(registry)
+    (tmp_path / "key").touch(mode=0o600)
     (tmp_path / "key").write_text("k" * 64)
     key = load_key(str(tmp_path / "key"))
     lake = Lake(tmp_path / "lake")
