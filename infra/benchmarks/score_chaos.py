@@ -140,7 +140,11 @@ def main() -> int:
             address = ray.get_runtime_context().gcs_address
             started = time.monotonic()
             alone = command(lakes["reference"], args.cohort, args.model, address)
-            account = json.loads(subprocess.run(alone, capture_output=True, check=True).stdout.splitlines()[-1])
+            done = subprocess.run(alone, capture_output=True, check=False)
+            if done.returncode:
+                print(done.stderr.decode()[-2000:], file=sys.stderr)
+                return 1
+            account = json.loads(done.stdout.splitlines()[-1])
             span = time.monotonic() - started
             runners = [Runner(command(lakes["disturbed"], args.cohort, args.model, address)) for _ in range(args.runs)]
             kills = disturb(runners, args.kills, span, rng)

@@ -10,14 +10,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from memmc import __version__
 from memmc.cli import erase as erasure
-from memmc.cli import lake as lake_verbs
 from memmc.cli import gating, packaging, privacy, selection, summaries, vault
+from memmc.cli import lake as lake_verbs
 from memmc.cli.options import (
     CohortOption,
     ConfigOption,
@@ -48,13 +48,19 @@ app = typer.Typer(
 
 @app.command()
 def doctor(
-    lake: LakeOption = None, config: ConfigOption = None, settings: SetOption = None, as_json: JsonOption = False
+    source: Annotated[
+        str | None, typer.Option("--source", metavar="SOURCE", help="Look at a source too, as ingest would.")
+    ] = None,
+    lake: LakeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Check what works on this machine; say the fix for what does not."""
     from memmc.pipeline.doctor import examine
 
     with call(lake, config, settings, as_json=as_json) as run:
-        result = examine(run.config, run.terminal)
+        result = examine(run.config, run.terminal, source)
         run.finish(result, lambda: summaries.doctor(result))
     if not result.healthy:
         raise typer.Exit(1)
@@ -231,6 +237,9 @@ def scores(
         Path | None,
         typer.Option("--out", metavar="FILE", help="Parquet or CSV by its ending; CSV on stdout when absent."),
     ] = None,
+    level: Annotated[
+        Literal["instance", "study"], typer.Option("--level", help="One row per instance, or per study.")
+    ] = "instance",
     lake: LakeOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -240,7 +249,7 @@ def scores(
     from memmc.pipeline.export import export_scores, rows_as_csv, rows_as_json
 
     with call(lake, config, settings, as_json=as_json) as run:
-        table = export_scores(run.config, cohort, model, out)
+        table = export_scores(run.config, cohort, model, out, level)
         run.terminal.close()
         if as_json:
             print(rows_as_json(table, out))

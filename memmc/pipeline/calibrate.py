@@ -18,7 +18,7 @@ from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
 from memmc.pipeline.progress import Progress, Silent
-from memmc.pipeline.quality import flags_of
+from memmc.pipeline.quality import gate
 from memmc.pipeline.results import CalibrationResult
 from memmc.pipeline.select import normals, one_preparation
 from memmc.scoring.bulk import Keys, ScoringJob, features_of, join_features, model_files, score_columns
@@ -47,6 +47,7 @@ def calibrate(
     home = home_directory()
     lake = Lake(config.lake.uri)
     opened = open_model(config, home, model)
+    gate(config, cohort or opened.cohort, progress=progress)
     with ray_cluster(config, home, training=False) as ray:
         return calibrate_model(config, ray, lake, opened, cohort or opened.cohort, progress)
 
@@ -58,10 +59,7 @@ def calibrate_model(
     from memmc.scoring.scorer import fit_and_calibrate, make_scorer
 
     version = model.dataset_version if cohort == model.cohort else lake.version("instances")
-    flagged = flags_of(lake, cohort)
-    rows = [row for row in normals(lake, cohort, "calibrate", version) if row["sop_instance_uid"] not in flagged]
-    if not rows:
-        raise GateRefused(f"every held-out normal image of cohort '{cohort}' is flagged by the quality gate")
+    rows = normals(lake, cohort, "calibrate", version)
     model.require({str(one_preparation(rows)["preprocess_id"])})
     if len(rows) < config.calibrate.min_normals:
         raise GateRefused(
@@ -92,15 +90,21 @@ def calibrate_model(
         "false_positive_rate": settings.false_positive_rate,
         "threshold": threshold_at(fitted.normal_scores_N, settings.false_positive_rate),
         "num_normals": len(rows),
-        "map_level": threshold_at(fitted.normal_peaks_N, max(settings.region_rate, smallest_rate(len(rows)))),
-        "normal_peaks": sorted(fitted.normal_peaks_N.tolist()),
         "normal_scores": list(strata[0].normal_scores),
         "map_scale": fitted.map_scale,
+        "map_level": threshold_at(fitted.normal_peaks_N, max(settings.region_rate, smallest_rate(len(rows)))),
+        "normal_peaks": sorted(fitted.normal_peaks_N.tolist()),
         "scorer_state": fitted.scorer.state_to_bytes(),
         "created_at": datetime.now(UTC),
         "passes": config.score.passes,
         "strata_columns": list(settings.strata),
         "strata": [stratum.as_row() for stratum in strata],
+        "study_p_values": normal_study_minima(
+            Judge.of(settings.false_positive_rate, settings.strata, strata),
+            fitted.normal_scores_N,
+            keys.strata,
+            keys.studies,
+        ).tolist(),
     }
     lake.append(CALIBRATIONS, pa.Table.from_pylist([row], schema=SCHEMAS[CALIBRATIONS]), f"calibrate-{identifier}")
     return as_result(row, len(set(keys.patients)))
