@@ -139,10 +139,12 @@ def _gated(model: MemMCMAE) -> list[LevelCrossAttention]:
 
 def _mean_by_level(layer: LevelCrossAttention, query_BLE: Tensor, levels_BSNE: Tensor) -> Tensor:
     """Return the gates' means, shape (S,), from their definition and not from the fast form."""
-    weights, value = layer.attend(query_BLE, levels_BSNE)
-    batch, heads, length, levels, slots = weights.shape
-    values = value.view(batch, heads, levels, slots, layer.head_dim)
-    context_SBLhd = torch.einsum("bhlsn,bhsnd->sblhd", weights, values)
+    batch, levels, slots, _ = levels_BSNE.shape
+    length, heads, width = query_BLE.shape[1], layer.heads, layer.head_dim
+    query = layer.query(query_BLE).view(batch, length, heads, width)
+    key, value = layer.key_value(levels_BSNE).view(batch, levels, slots, 2, heads, width).unbind(3)
+    weights = (torch.einsum("blhd,bsnhd->bslhn", query, key) * width**-0.5).softmax(-1)
+    context_SBLhd = torch.einsum("bslhn,bsnhd->sblhd", weights, value)
     query_half = layer.gate_query(query_BLE).view(batch, length, levels, -1).permute(2, 0, 1, 3)
     if layer.gate == "channel":
         context = layer.projection(context_SBLhd.flatten(3))
