@@ -33,8 +33,12 @@ Finding = tuple[str, str]
 """What was found, and the fix; an empty fix means that all is well."""
 
 
-def examine(config: Config, progress: Progress | None = None) -> DoctorResult:
-    """Run every check; none stops the others."""
+def examine(config: Config, progress: Progress | None = None, source: str | None = None) -> DoctorResult:
+    """Run every check; none stops the others.
+
+    Args:
+        source: a source of objects to look at too, as `memmc ingest` takes it.
+    """
     progress = progress or Silent()
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("python", _python),
@@ -48,6 +52,8 @@ def examine(config: Config, progress: Progress | None = None) -> DoctorResult:
         ("prefect", _prefect),
         ("mlflow", lambda: _mlflow(config)),
     ]
+    if source is not None:
+        checks.append(("source", lambda: look_at_source(config, source)))
     progress.stage("doctor", len(checks))
     results: list[Check] = []
     for number, (name, check) in enumerate(checks, start=1):
@@ -125,6 +131,13 @@ def _lake(config: Config) -> Finding:
         storage.probe_conditional_put()
         return "S3: write, read, delete and conditional create work", ""
     return "local: write, read and delete work", ""
+
+
+def look_at_source(config: Config, source: str) -> Finding:
+    """Ask a source whether it can be listed, with the credentials and limits of section `source`."""
+    from memmc.sources.open import open_source
+
+    return open_source(source, config.source, os.environ).check(), ""
 
 
 def _ray(config: Config) -> Finding:

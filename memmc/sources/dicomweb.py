@@ -87,13 +87,10 @@ class DicomWebSource:
             return answer.body
         return only_part(answer.body, answer.content_type)
 
-    def check_server(self) -> str:
-        """Ask for one study.
-
-        Raises:
-            StorageError: the server does not answer, or not as DICOMweb does.
-        """
-        return f"{len(self._page('/studies', {'limit': 1}))} study seen"
+    def check(self) -> str:
+        """Ask for one study; see `Source.check`."""
+        found = self._page("/studies", {"limit": 1})
+        return f"a DICOMweb server answers{'' if found else ' and has no study'}"
 
     def _studies(self) -> dict[str, int | None]:
         """Return Study Instance UID -> number of instances, where the server says it."""

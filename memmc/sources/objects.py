@@ -102,6 +102,14 @@ class Source(Protocol):
         """
         ...
 
+    def check(self) -> str:
+        """Return a few words on what answers, without listing it.
+
+        Raises:
+            UsageError, StorageError, DataError: as `listing`.
+        """
+        ...
+
     def fetch(self, obj: SourceObject, max_bytes: int) -> bytes:
         """Return an object's bytes, all of them from the version that was listed.
 

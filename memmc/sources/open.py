@@ -29,6 +29,10 @@ class FileSource:
         """List every object, and the members of ZIP files that are to be opened; see `Source.listing`."""
         return Listing(list(self._objects()))
 
+    def check(self) -> str:
+        """Look for a first object; see `Source.check`."""
+        return "empty" if next(self._objects(), None) is None else "can be listed"
+
     def fetch(self, obj: SourceObject, max_bytes: int) -> bytes:
         """Return an object's bytes; see `Source.fetch`."""
         if obj.uri.startswith("file://") and "#" in obj.uri:

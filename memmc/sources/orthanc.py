@@ -70,7 +70,7 @@ class OrthancSource:
         An instance that was deleted meanwhile is not listed. One that was sent again with other bytes is another
         object, since its attachment is.
         """
-        self.check_server()
+        self.check()
         after = self._known(cursor)
         changes = self._changes(after)
         first: dict[str, int] = {}
@@ -112,8 +112,8 @@ class OrthancSource:
         _check_bytes(data, obj.size, str(info.get("UncompressedMD5", "")))
         return data
 
-    def check_server(self) -> str:
-        """Return the server's version.
+    def check(self) -> str:
+        """Return the server's version; see `Source.check`.
 
         Raises:
             StorageError: it does not answer, or is no Orthanc, or too old a one.
@@ -128,7 +128,7 @@ class OrthancSource:
                 f"the Orthanc server's API version is {system['ApiVersion']}, at least {LEAST_API_VERSION} is needed: "
                 "update it to Orthanc 1.10.1 or newer"
             )
-        return str(system.get("Version", ""))
+        return f"Orthanc {system.get('Version', '')} answers"
 
     def _known(self, cursor: str | None) -> int:
         """Return the number to go on from: the cursor's, or 0 when the server no longer has that change."""

@@ -3,13 +3,19 @@ import os
 import pickle
 import socket
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from memmc.config import SourceConfig
+from memmc.dicom.read import read_instance
+from memmc.dicom.reasons import Rejected
 from memmc.errors import UsageError
 from memmc.sources import folder_s3
-from memmc.sources.folder_s3 import FetchFailed, SourceObject, fetch, list_objects
+from memmc.sources.folder_s3 import fetch, list_objects
+from memmc.sources.objects import FetchFailed, SourceObject
+from memmc.sources.open import open_source
 
 LIMIT = 1 << 20
 
@@ -186,3 +192,25 @@ def test_folders_deeper_than_python_recurses(tmp_path):
     finally:
         sys.setrecursionlimit(limit)
     assert tmp_path / obj.path == path
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null"])
+def test_devices_are_never_read(device, tmp_path):
+    (obj,) = list_objects(device)
+    assert obj.problem == "FILE_NOT_REGULAR"
+    lied = SourceObject(obj.path, obj.uri, obj.size, obj.modified)  # listed before it became a device
+    assert reason(device, lied) == "FILE_NOT_REGULAR"
+    (tmp_path / "link.dcm").symlink_to(device)
+    (link,) = list_objects(str(tmp_path))
+    assert link.problem == "FILE_SYMLINK"
+
+
+def test_a_zip_file_in_a_folder_is_one_object_for_the_reader_to_refuse(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as out:
+        out.writestr("x", b"data")
+    (obj,) = open_source(str(tmp_path), SourceConfig(), {}).listing(None, lambda _: True).objects
+    assert (obj.path, obj.problem) == ("a.zip", None)
+    data = fetch(str(tmp_path), obj, LIMIT)
+    assert data == (tmp_path / "a.zip").read_bytes()
+    with pytest.raises(Rejected, match="FILE_ARCHIVE_NESTED"):
+        read_instance(data)

@@ -6,8 +6,9 @@ import pickle
 import pytest
 from small_archive import Orthanc, Site, name, served, slow
 
-from memmc.config import SourceConfig
+from memmc.config import Config, SourceConfig
 from memmc.errors import ConfigError, StorageError, UsageError
+from memmc.pipeline.doctor import look_at_source
 from memmc.sources import http, orthanc
 from memmc.sources.objects import FetchFailed
 from memmc.sources.open import open_source
@@ -260,3 +261,21 @@ def test_uris(kind):
     for same in ("HTTP://Host:8042", "http://host:8042/", "http://host:8042"):
         assert open_source(f"{kind}+{same}", SETTINGS, {}).uri == f"{kind}+http://host:8042"
     assert open_source(f"{kind}+https://[::1]:1/a/", SETTINGS, {}).uri == f"{kind}+https://[::1]:1/a"
+
+
+def test_doctor_says_whether_a_source_answers(archive, tmp_path):
+    def look(place: str) -> str:
+        return look_at_source(Config(), place)[0]
+
+    assert look(f"orthanc+{archive.site.url}") == "Orthanc 1.10.1 answers"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").touch()
+    assert [look(str(tmp_path / name)) for name in ("empty", "full")] == ["empty", "can be listed"]
+    archive.site.faults["/system"] = [401]
+    with pytest.raises(StorageError, match="source.user"):
+        look(f"orthanc+{archive.site.url}")
+    archive.site.routes = lambda *_: (200, b"[]", "application/dicom+json")
+    assert "has no study" in look(f"dicomweb+{archive.site.url}")
+    with pytest.raises(StorageError, match="no Orthanc"):
+        look(f"orthanc+{archive.site.url}")
