@@ -32,6 +32,9 @@ def train(result: TrainResult) -> str:
         f"{result.model} ({result.model_digest}): {result.steps} steps on {result.num_images} normal images, "
         f"loss {result.loss:.4f}, {result.train_seconds / 60:.1f} min"
     ]
+    if result.flags:
+        kept_out = ", ".join(f"{count} {flag}" for flag, count in result.flags.items())
+        lines.append(f"the quality gate keeps images of the cohort out: {kept_out}")
     if result.calibration:
         lines.append(calibrate(CalibrationResult(**result.calibration)))
     return "\n".join(lines)

@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from memmc.config import Config, QualityConfig, config_hash
@@ -60,10 +59,14 @@ def preview(config: Config, cohort: str) -> PlanResult:
     )
 
 
-def gate(config: Config, cohort: str, *, progress: Progress | None = None) -> GateResult:
+def gate(config: Config, cohort: str, *, reference: str | None = None, progress: Progress | None = None) -> GateResult:
     """Flag what should not be learned from: broken, turned, foreign and copied images of a cohort.
 
     Does nothing when every stored instance has been gated by the rules as they are.
+
+    Args:
+        reference: a gated cohort whose normals show what images should look like where this one has too few of its
+            own (`quality.min_reference`), as that of the model that is to score it.
 
     Raises:
         DataError: nothing is stored in the cohort.
@@ -73,21 +76,16 @@ def gate(config: Config, cohort: str, *, progress: Progress | None = None) -> Ga
     lake = Lake(config.lake.uri)
     rows = _stored(lake, cohort)
     identifier = gate_id(config.quality)
-    known = _verdicts(lake, cohort, [*_SEEN, "gated_at", "gate_id"])
-    missing = _missing(rows, known, identifier)
+    missing = _missing(rows, _verdicts(lake, cohort, ["sop_instance_uid", "gated_at", "gate_id"]), identifier)
     if missing:
         progress.stage("quality gate", len(missing))
         # Those seen before come first, so that of two copies the one that came first stays.
         rows.sort(key=lambda row: (row["sop_instance_uid"] in missing, row["object_key"]))
+        known = _verdicts(lake, cohort, [*_SEEN, "gated_at"])
         looks = {**known, **_look(config, lake, cohort, missing, progress)}
-        verdicts = _judge(rows, looks, config.quality)
+        verdicts = _judge(rows, looks, _like(lake, rows, looks, reference, config.quality), config.quality)
         new = [
-            {
-                **looks[row["sop_instance_uid"]],
-                "cohort": cohort,
-                "patient_key": row["patient_key"],
-                "flags": list(flags),
-            }
+            {**looks[row["sop_instance_uid"]], **row, "cohort": cohort, "flags": list(flags)}
             for row, flags in zip(rows, verdicts, strict=True)
             if row["sop_instance_uid"] in missing or tuple(known[row["sop_instance_uid"]]["flags"]) != flags
         ]
@@ -133,27 +131,50 @@ def _missing(rows: list[Row], known: dict[str, Row], identifier: str) -> dict[st
     return {row["sop_instance_uid"]: row["object_key"] for row in rows if row["sop_instance_uid"] not in seen}
 
 
-def _judge(rows: list[Row], looks: dict[str, Row], rules: QualityConfig) -> list[tuple[str, ...]]:
-    """Return the flags of every row: its own, and those that the cohort's normals and the rows before it give."""
+def _like(
+    lake: Lake, rows: list[Row], looks: dict[str, Row], reference: str | None, rules: QualityConfig
+) -> list[tuple[bytes, str]]:
+    """Return thumbnail and patient of the cohort's normals, or of the reference's where these are too few."""
+    own = _normals(rows, looks, rules)
+    if reference is None or len(own) >= rules.min_reference:
+        return own
+    others = _verdicts(lake, reference, [*_SEEN, "gated_at"])
+    return _normals([row for row in _stored(lake, reference) if row["sop_instance_uid"] in others], others, rules)
+
+
+def _normals(rows: list[Row], looks: dict[str, Row], rules: QualityConfig) -> list[tuple[bytes, str]]:
+    """Return thumbnail and patient of normals to compare with.
+
+    Of the train share alone, so that held-out normals are treated like every other image.
+    """
+    sound = [
+        row
+        for row in rows
+        if row["label"] == "normal"
+        and row["split"] == "train"
+        and not OF_ONE_IMAGE & set(looks[row["sop_instance_uid"]]["flags"])
+    ]
+    sound.sort(key=lambda row: row["sop_instance_uid"])
+    return [(looks[row["sop_instance_uid"]]["thumbnail"], row["patient_key"]) for row in sound[: rules.max_reference]]
+
+
+def _judge(
+    rows: list[Row], looks: dict[str, Row], like: list[tuple[bytes, str]], rules: QualityConfig
+) -> list[tuple[str, ...]]:
+    """Return the flags of every row: its own, and those that the normals and the rows before it give."""
     own = [looks[row["sop_instance_uid"]] for row in rows]
-    patients = [row["patient_key"] for row in rows]
-    thumbnails_NTT = thumbnails_from_bytes([item["thumbnail"] for item in own])
     found = [set(item["flags"]) & OF_ONE_IMAGE for item in own]
-    # Of the train share alone: held-out normals are then treated like every other image.
-    fitted = sorted(
-        (row["sop_instance_uid"], number)
-        for number, row in enumerate(rows)
-        if row["label"] == "normal" and row["split"] == "train" and not found[number]
-    )[: rules.max_reference]
-    chosen = np.array([number for _, number in fitted], dtype=np.int64)
-    reference = fit_reference(thumbnails_NTT[chosen], [patients[number] for number in chosen], rules)
-    if reference is not None:
-        for flags, judged in zip(found, reference.judge(thumbnails_NTT, patients, rules), strict=True):
-            flags |= judged
-    plain = [number for number, flags in enumerate(found) if not flags & OF_ONE_IMAGE]
-    hashes = [own[number]["perceptual_hash"] for number in plain]
-    for number in duplicates(hashes, thumbnails_NTT[plain], [patients[number] for number in plain], rules):
-        found[plain[number]].add(DUPLICATE)
+    sound = [number for number, flags in enumerate(found) if not flags]
+    patients = [rows[number]["patient_key"] for number in sound]
+    thumbnails_NTT = thumbnails_from_bytes([own[number]["thumbnail"] for number in sound])
+    if like:
+        thumbnails, owners = zip(*like, strict=True)
+        reference = fit_reference(thumbnails_from_bytes(list(thumbnails)), owners, rules)
+        for number, judged in enumerate(reference.judge(thumbnails_NTT, patients, rules) if reference else ()):
+            found[sound[number]] |= judged
+    hashes = [own[number]["perceptual_hash"] for number in sound]
+    for number in duplicates(hashes, thumbnails_NTT, patients, rules):
+        found[sound[number]].add(DUPLICATE)
     return [in_order(flags) for flags in found]
 
 

@@ -38,7 +38,7 @@ class IngestResult(Result):
 
 @dataclass(frozen=True)
 class TrainResult(Result):
-    """A registered model, trained and calibrated."""
+    """A registered model, trained and calibrated; `flags` counts what the quality gate kept out of the cohort."""
 
     model: str
     model_digest: str
@@ -52,6 +52,7 @@ class TrainResult(Result):
     train_seconds: float
     seconds: float
     calibration: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True)

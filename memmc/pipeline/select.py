@@ -9,12 +9,13 @@ from memmc.errors import DataError
 from memmc.lake.tables import Lake
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
+from memmc.pipeline.quality import flags_of
 
 _MET_SPLITS = ("train", "calibrate")
 
 
 def normals(lake: Lake, cohort: str, split: str, version: int | None = None) -> list[dict[str, Any]]:
-    """Return the stored normal instances of a cohort's split, without pixels.
+    """Return the stored normal instances of a cohort's split that the quality gate lets pass, without pixels.
 
     Raises:
         DataError: there is none; the message says what there is.
@@ -22,7 +23,14 @@ def normals(lake: Lake, cohort: str, split: str, version: int | None = None) -> 
     columns = ["object_key", "sop_instance_uid", "patient_key", "preprocess_id", "height", "width", "channels", "bits"]
     columns += ["pixel_mean", "pixel_std", "label"]
     stored = lake.instances_with_labels(columns, version, {"cohort": cohort, "outcome": "stored", "split": split})
-    rows = [row for row in stored.to_pylist() if row["label"] == "normal"]
+    found = [row for row in stored.to_pylist() if row["label"] == "normal"]
+    flagged = flags_of(lake, cohort)
+    rows = [row for row in found if row["sop_instance_uid"] not in flagged]
+    if found and not rows:
+        raise DataError(
+            f"the quality gate flags all {len(found)} normal images of cohort '{cohort}' in its {split} share; "
+            f"see `memmc gate --cohort {cohort}` and the settings quality.*"
+        )
     if not rows:
         raise DataError(
             f"cohort '{cohort}' has no normal images in its {split} share ({stored.num_rows} of any label); "
@@ -56,7 +64,7 @@ def met_patients(lake: Lake, model: OpenModel) -> set[str]:
 
 
 def unmet(lake: Lake, model: OpenModel, cohort: str) -> list[dict[str, Any]]:
-    """Return the labelled instances of a cohort whose patient the model never met.
+    """Return the labelled instances of a cohort whose patient the model never met; none that the quality gate flags.
 
     Raises:
         DataError: one of the two classes is missing; nothing can be measured.
@@ -65,7 +73,9 @@ def unmet(lake: Lake, model: OpenModel, cohort: str) -> list[dict[str, Any]]:
     columns += ["preprocess_id", "height", "width", "channels", "bits"]
     stored = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored"}).to_pylist()
     met = met_patients(lake, model)
-    rows = [row for row in stored if row["label"] != "unknown" and row["patient_key"] not in met]
+    flagged = flags_of(lake, cohort)
+    known = [row for row in stored if row["label"] != "unknown" and row["sop_instance_uid"] not in flagged]
+    rows = [row for row in known if row["patient_key"] not in met]
     found = {label: sum(row["label"] == label for row in rows) for label in ("normal", "abnormal")}
     if not all(found.values()):
         raise DataError(

@@ -21,6 +21,7 @@ from memmc.pipeline.identity import home_directory
 from memmc.pipeline.ingest import check_cohort
 from memmc.pipeline.models import OpenModel, open_model, tracking_of
 from memmc.pipeline.progress import Progress, Silent
+from memmc.pipeline.quality import gate
 from memmc.pipeline.results import PlanResult, TrainResult
 from memmc.pipeline.runs import RunRecord, driving, task_of, to_resume, unfinished
 from memmc.pipeline.select import normals, one_preparation
@@ -62,6 +63,7 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
     home = home_directory()
     lake = Lake(config.lake.uri)
     tracking = tracking_of(config, home)
+    gated = gate(config, cohort, progress=progress)
     plan, taking_over = _plan(config, home, lake, cohort)
     with driving(lake.storage, plan.record(tracking, config), taking_over=taking_over) as record:
         if taking_over:
@@ -95,6 +97,7 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
         train_seconds=round(float(fitted.metrics["train_seconds"]), 1),
         seconds=round(time.monotonic() - began, 1),
         calibration=calibration.as_dict(),
+        flags=gated.flags,
     )
 
 

@@ -7,6 +7,7 @@ different patients look alike.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -30,7 +31,7 @@ def duplicates(
         rules: `quality.duplicate_bits`, `quality.duplicate_correlation`.
     """
     codes_N = np.array([int(text, 16) for text in hashes], dtype=np.uint64)
-    flat_NF = thumbnails_NTT.reshape(len(hashes), -1)
+    flat_NF = thumbnails_NTT.reshape(len(hashes), math.prod(thumbnails_NTT.shape[1:]))
     groups = np.unique(np.array(patients, dtype=np.str_), return_inverse=True)[1]
     buckets: defaultdict[tuple[int, str], list[int]] = defaultdict(list)
     found: set[int] = set()

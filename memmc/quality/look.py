@@ -82,7 +82,7 @@ def _thumbnail(grey_HW: NDArray[np.float32]) -> NDArray[np.int8]:
 def _hash(grey_HW: NDArray[np.float32]) -> str:
     """Return the signs of 8 x 8 low frequencies of the cosine transform, about their median; the constant rows and
     columns of frequency 0 are left out, since borders and exposure dominate them."""
-    low_FF = dctn(_shrink(grey_HW, _HASH_SIDE), norm="ortho")[1:9, 1:9]
+    low_FF = np.asarray(dctn(_shrink(grey_HW, _HASH_SIDE), norm="ortho"))[1:9, 1:9]
     bits = np.packbits((low_FF > np.median(low_FF)).ravel())
     return bits.tobytes().hex()
 

@@ -71,7 +71,6 @@ def test_a_look_knows_neither_exposure_nor_size(seed, height, width, scale, offs
     ours = thumbnails_from_bytes([plain.thumbnail, other.thumbnail, twice.thumbnail])
     assert ours.shape == (3, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
     np.testing.assert_allclose(ours[1:], ours[:1].repeat(2, 0), atol=0.06)  # a step is 1/24
-    assert plain.thumbnail == twice.thumbnail
     assert len(plain.perceptual_hash) == 16
     different = int(plain.perceptual_hash, 16) ^ int(other.perceptual_hash, 16)
     assert different.bit_count() <= 4
@@ -152,3 +151,4 @@ def test_copies_of_another_patient_are_found_whatever_was_done_to_them():
     assert found == set(range(60, 80))  # the one that came first stays, and different chests are no copies
     same_patient = [f"p{n}" for n in range(60)] + [f"p{n}" for n in range(20)]
     assert duplicates(hashes, pictures, same_patient, RULES) == set()
+    assert duplicates([], pictures[:0], [], RULES) == set()
