@@ -273,7 +273,7 @@ def test_doctor_says_whether_a_source_answers(archive, tmp_path):
     (tmp_path / "full/x").touch()
     assert [look(str(tmp_path / name)) for name in ("empty", "full")] == ["empty", "can be listed"]
     archive.site.faults["/system"] = [401]
-    with pytest.raises(StorageError, match="source.user"):
+    with pytest.raises(StorageError, match=r"source\.user"):
         look(f"orthanc+{archive.site.url}")
     archive.site.routes = lambda *_: (200, b"[]", "application/dicom+json")
     assert "has no study" in look(f"dicomweb+{archive.site.url}")
