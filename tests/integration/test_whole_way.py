@@ -162,3 +162,18 @@ def test_pixels_prepared_otherwise_are_refused(inside):
         score(inside.config, "eight-bits")
     with pytest.raises(DataError):
         score(inside.config, "no-such-cohort")
+
+
+def test_the_gate_says_the_same_on_the_cluster_as_in_this_process(inside, monkeypatch):
+    from memmc.pipeline import quality
+
+    lake = Lake(inside.config.lake.uri)
+    here = quality.gate(inside.config, "cxr")
+    assert (here.gated, here.flags) == (0, inside.trained.flags)  # training gated the cohort
+    assert here.flagged <= 0.02 * here.instances
+    flags = quality.flags_of(lake, "cxr")
+    monkeypatch.setattr(quality, "_FEW", 0)
+    monkeypatch.setattr(quality, "LOOK_FORMAT", 99)  # every image is looked at again
+    there = quality.gate(inside.config, "cxr")
+    assert (there.gated, there.flags) == (there.instances, here.flags)
+    assert quality.flags_of(lake, "cxr") == flags
