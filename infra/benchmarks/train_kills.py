@@ -28,7 +28,7 @@ ALLOWED = 0.01
 def command(lake: Path, cohort: str, steps: int, seed: int) -> list[str]:
     """The verb, in a process of its own."""
     settings = [f"train.max_steps={steps}", "train.max_minutes=60", "train.checkpoint_seconds=4", f"train.seed={seed}"]
-    settings += ["calibrate.min_normals=5"]
+    settings += ["calibrate.min_normals=5", "calibrate.false_positive_rate=0.3"]
     sets = [part for setting in settings for part in ("--set", setting)]
     return [sys.executable, "-m", "memmc.cli.main", "train", "--cohort", cohort, "--lake", str(lake), "--json", *sets]
 

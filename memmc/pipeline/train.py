@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from memmc.config import Config
-from memmc.errors import ConfigError, ModelError
+from memmc.errors import ConfigError, DataError, ModelError
 from memmc.lake.tables import Lake
 from memmc.model.digest import WEIGHTS_FILE
 from memmc.pipeline.calibrate import calibrate_model
@@ -28,7 +29,10 @@ from memmc.pipeline.select import normals, one_preparation
 from memmc.registry.models import register
 from memmc.registry.tracking import Tracking
 from memmc.training.distributed import Fitted, TrainingJob, fit
+from memmc.training.feed import CachedFeed
 from memmc.training.source import ShardSource
+
+_LOOK_IMAGES, _FEWEST_HELD_OUT = 64, 8
 
 
 def preview(config: Config, cohort: str) -> PlanResult:
@@ -76,8 +80,10 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
         try:
             with ray_cluster(config, home) as ray, tempfile.TemporaryDirectory() as folder:
                 fitted = _fit(config, ray, lake, plan, record, _Watcher(progress, tracking, record.tracked), folder)
+                if (Path(folder) / "last").is_dir():
+                    tracking.log_artifacts(record.tracked, Path(folder) / "last", "last")
                 registered = register(
-                    tracking, record.tracked, Path(folder), f"memmc-{cohort}", tags=_model_tags(plan, record)
+                    tracking, record.tracked, Path(folder) / "model", f"memmc-{cohort}", tags=_model_tags(plan, record)
                 )
                 model = open_model(config, home, registered.ref)
                 calibration = calibrate_model(config, ray, lake, model, cohort, progress)
@@ -108,6 +114,7 @@ class _Plan:
     cohort: str
     version: int
     rows: list[dict[str, Any]]
+    held_out: list[dict[str, Any]]
     job: TrainingJob
     task: str
     start: OpenModel | None
@@ -132,7 +139,7 @@ def _plan(config: Config, home: Path, lake: Lake, cohort: str) -> tuple[_Plan, b
     wanted = config.train.resume if config.train.resume not in {"auto", "new"} else None
     named = next((r for r in unfinished(lake.storage, cohort) if r.run == wanted), None) if wanted else None
     version = named.dataset_version if named else lake.version("instances")
-    rows = normals(lake, cohort, "train", version)
+    rows, held_out = keep_back(normals(lake, cohort, "train", version), config.train.validate_share)
     job = training_job(config, cohort, version, rows, start)
     task = task_of(config, (row["object_key"] for row in rows), start.digest if start else "")
     found = None if config.train.resume == "new" else to_resume(lake.storage, cohort, task, wanted)
@@ -140,7 +147,30 @@ def _plan(config: Config, home: Path, lake: Lake, cohort: str) -> tuple[_Plan, b
         # Later versions hold the same training images; the pinned one is the run's.
         version = found.dataset_version
         job = training_job(config, cohort, version, rows, start)
-    return _Plan(cohort, version, rows, job, task, start, found), found is not None
+    return _Plan(cohort, version, rows, held_out, job, task, start, found), found is not None
+
+
+def keep_back(rows: list[dict[str, Any]], share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows to train on and those to look at, of other patients; by keyed hash, so that none ever moves.
+
+    Raises:
+        DataError: too few images kept back, or none left.
+    """
+    if not share:
+        return rows, []
+    bound = round(share * 2**64)
+    held = [row for row in rows if _hash(row["patient_key"]) < bound]
+    kept = [row for row in rows if _hash(row["patient_key"]) >= bound]
+    if len(held) < _FEWEST_HELD_OUT or not kept:
+        raise DataError(
+            f"train.validate_share = {share} keeps back {len(held)} of {len(rows)} images, at least {_FEWEST_HELD_OUT} "
+            "are needed and some must be left; choose another share, or 0"
+        )
+    return kept, sorted(held, key=lambda row: _hash(row["patient_key"] + row["object_key"]))[:_LOOK_IMAGES]
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _fit(
@@ -152,6 +182,11 @@ def _fit(
     keys = [row["object_key"] for row in plan.rows]
     num_bytes = len(keys) * plan.job.image_size**2 * plan.job.channels * plan.job.bits // 8
     cached = num_bytes <= config.train.cache_bytes
+    chosen = plan.held_out or sorted(plan.rows, key=lambda row: _hash(row["object_key"]))[:_LOOK_IMAGES]
+    look_at = [row["object_key"] for row in chosen]
+    looks = CachedFeed(
+        ShardSource.open(ray, lake.storage, "instances", files, look_at, cached=True).tables(), len(look_at), 1, 0, 0
+    )
     filesystem, root = lake.storage.arrow_filesystem()
     fitted = fit(
         ray,
@@ -162,9 +197,11 @@ def _fit(
         out=Path(folder),
         use_gpu=use_gpu,
         on_metrics=watcher,
+        look_at=looks.images_NHWC,
         weights=None if plan.start is None else (plan.start.folder / WEIGHTS_FILE).read_bytes(),
     )
     watcher.flush()
+    watcher.log_last(fitted.metrics)
     return fitted
 
 
@@ -262,6 +299,11 @@ class _Watcher:
         self._waiting.append((int(metrics["step"]), {k: float(v) for k, v in metrics.items() if k != "step"}))
         if len(self._waiting) >= 20:
             self.flush()
+
+    def log_last(self, metrics: dict[str, Any]) -> None:
+        """Send what is measured once, at the end."""
+        found = {name: float(value) for name, value in metrics.items() if name.startswith("ablation/")}
+        self._tracking.log_metrics(self._run, [(int(metrics["steps"]), found)])
 
     def flush(self) -> None:
         """Send what is waiting."""

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from memmc.config import ModelConfig, TrainConfig
 from memmc.errors import MemmcError, TrainingError
 from memmc.training.source import ShardSource
 
 _POLL_S = 1.0
-_MODEL = "model"
+_MODEL, _LAST = "model", "last"
+_HEALTH_IMAGES = 32
 _SLOWEST_START_S = 300.0
 
 
@@ -60,6 +65,7 @@ def fit(
     out: Path,
     use_gpu: bool,
     on_metrics: Callable[[dict[str, Any]], None],
+    look_at: NDArray[np.unsignedinteger],
     weights: bytes | None = None,
 ) -> Fitted:
     """Train on a connected Ray cluster; a run of the same name and storage resumes.
@@ -67,8 +73,9 @@ def fit(
     Args:
         source: the training images.
         storage: pyarrow file system and path below which the run keeps its checkpoints.
-        out: folder to receive the model.
+        out: folder to receive the model folder `model`, and `last` where a selection chose another step.
         on_metrics: called in this process, in order, for everything rank 0 logs.
+        look_at: pixels_VHWC of the images to look at the model with; held out when `train.validate_share` is set.
         weights: of a model to start from, as safetensors; random ones when absent.
 
     Raises:
@@ -89,6 +96,7 @@ def fit(
             "job": job,
             "source": source,
             "board": board,
+            "look_at": ray.put(look_at),
             "weights": None if weights is None else ray.put(weights),
         },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
@@ -111,12 +119,11 @@ def fit(
     if result.checkpoint is None:
         raise TrainingError(f"training run {name} ended without a checkpoint; see its folder in the lake")
     with result.checkpoint.as_directory() as folder:
-        finished = Path(folder) / _MODEL
-        if not finished.is_dir():
+        if not (Path(folder) / _MODEL).is_dir():
             raise TrainingError(f"training run {name} ended without a model; run it again to resume")
-        out.mkdir(parents=True, exist_ok=True)
-        for file in finished.iterdir():
-            (out / file.name).write_bytes(file.read_bytes())
+        for part in (_MODEL, _LAST):
+            if (Path(folder) / part).is_dir():
+                shutil.copytree(Path(folder) / part, out / part)
     return Fitted(metrics=dict(result.metrics or {}))
 
 
@@ -166,7 +173,9 @@ def _worker(settings: dict[str, Any]) -> None:
 
     from memmc.model.artifact import ModelInfo, export_model
     from memmc.model.mae import MemMCMAE
+    from memmc.training.augment import standardise
     from memmc.training.feed import PinnedFeed
+    from memmc.training.looks import Fixed, HeldOut, ablations, health
     from memmc.training.loop import train
     from memmc.training.peers import Alone, Group
     from memmc.training.watchdog import Watchdog
@@ -188,7 +197,21 @@ def _worker(settings: dict[str, Any]) -> None:
     feed = source.feed(job.train, rank)
     if device.type == "cuda":
         feed = PinnedFeed(feed)
+    sync = Group(device, job.train.strategy) if world_size > 1 else Alone()
+    images_VCHW = standardise(
+        ray.get(settings["look_at"]),
+        bits=job.bits,
+        pixel_mean=job.pixel_mean,
+        pixel_std=job.pixel_std,
+        device=torch.device("cpu"),
+    )
+    fixed = Fixed.of(images_VCHW[:_HEALTH_IMAGES], model)
+    held_out = HeldOut(images_VCHW, model, sync, rank, world_size) if job.train.validate_share else None
     saves: list[Callable[[Path], None]] = []
+
+    def on_look(average: MemMCMAE) -> dict[str, float]:
+        found = held_out(average) if held_out else {}
+        return found | (health(average, fixed) if rank == 0 else {})
 
     def on_log(metrics: dict[str, Any]) -> None:
         if rank == 0:
@@ -215,9 +238,10 @@ def _worker(settings: dict[str, Any]) -> None:
             device=device,
             world_size=world_size,
             rank=rank,
-            sync=Group(device, job.train.strategy) if world_size > 1 else Alone(),
+            sync=sync,
             resume_from=resume_from,
             on_step=watchdog.beat,
+            on_look=on_look,
             on_log=on_log,
             on_checkpoint=on_checkpoint,
         )
@@ -230,12 +254,14 @@ def _worker(settings: dict[str, Any]) -> None:
             channels=job.channels,
             pixel_mean=job.pixel_mean,
             pixel_std=job.pixel_std,
-            steps=outcome.steps,
+            steps=outcome.selected_step,
             train_seconds=round(outcome.train_seconds, 1),
             seed=job.train.seed,
             **job.description,
         )
-        export_model(folder / _MODEL, outcome.ema_model, info)
+        export_model(folder / _MODEL, outcome.selected, info)
+        if outcome.selected_step != outcome.steps:
+            export_model(folder / _LAST, outcome.ema_model, replace(info, steps=outcome.steps))
 
     checkpoint = ray.train.get_checkpoint()
     with Watchdog(job.train.hung_seconds).guarding() as watchdog:
@@ -244,7 +270,8 @@ def _worker(settings: dict[str, Any]) -> None:
         else:
             with checkpoint.as_directory() as folder:
                 outcome = run(Path(folder))
-        report(save_finished, outcome.as_dict())
+        watchdog.beat()
+        report(save_finished, outcome.as_dict() | (ablations(outcome.selected, fixed) if rank == 0 else {}))
 
 
 def _root_cause(error: BaseException) -> str:
