@@ -6,7 +6,8 @@ exact for them and needs constant memory, whatever the number of images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,76 @@ def aupro(maps: Iterable[ArrayLike], masks: Iterable[ArrayLike], max_false_posit
     return float(np.trapezoid(y, x) / max_false_positive_rate)
 
 
+def dice(maps: Iterable[ArrayLike], masks: Iterable[ArrayLike], level: float) -> float:
+    """Return the mean over images of the Dice coefficient of ``map > level`` with the mask.
+
+    Args:
+        maps: (H, W) anomaly maps.
+        masks: (H, W), in the same order, each with at least one abnormal pixel.
+        level: from the calibration; never chosen on these images.
+
+    Raises:
+        DataError: no image, a mask without an abnormal pixel, or as `pixel_auroc`.
+    """
+    above = _order(np.asarray(np.float16(level)))
+    if float(np.float16(level)) > level:  # float16 rounded it up: its own value is already above the level
+        above -= 1
+    values: list[float] = []
+    for ordered, mask in _pixels(maps, masks):
+        need_both(mask.sum(), 1, "pixels")
+        found = ordered > above
+        values.append(2.0 * float((found & mask).sum()) / float(found.sum() + mask.sum()))
+    need_both(len(values), 1, "images")
+    return float(np.mean(values))
+
+
+@dataclass(frozen=True)
+class PixelFigures:
+    """Agreement of maps with lesion masks; `dice` is None where the calibration names no level."""
+
+    pixel_auroc: float
+    aupro: float
+    dice: float | None
+
+
+def pixel_figures(
+    maps: Sequence[ArrayLike], masks: Sequence[ArrayLike], level: float | None, seed: int = 0
+) -> dict[str, PixelFigures]:
+    """Return the figures of the maps, and of the same values elsewhere in the image, which need no model.
+
+    `random box`: each map's values, highest first, in growing squares around a random place. `centre prior`: the
+    same around the middle of the image. Both flag as many pixels as the map does, at the same level.
+    """
+    rng = np.random.default_rng(seed)
+    arrays = [np.asarray(item) for item in maps]
+    sets = {
+        "model": arrays,
+        "random box": [moved(item, rng.random(2)) for item in arrays],
+        "centre prior": [moved(item, np.array([0.5, 0.5])) for item in arrays],
+    }
+    return {
+        name: PixelFigures(
+            pixel_auroc(chosen, masks), aupro(chosen, masks), None if level is None else dice(chosen, masks, level)
+        )
+        for name, chosen in sets.items()
+    }
+
+
+def moved(map_HW: NDArray[Any], centre: NDArray[np.float64]) -> NDArray[Any]:
+    """Return the map's values in squares around a place, the highest innermost.
+
+    Args:
+        map_HW: any map.
+        centre: share of height and of width, in [0, 1].
+    """
+    height, width = map_HW.shape
+    rows, columns = np.arange(height) + 0.5, np.arange(width) + 0.5
+    distance = np.maximum(np.abs(rows - centre[0] * height)[:, None], np.abs(columns - centre[1] * width)[None])
+    result = np.empty(map_HW.size, map_HW.dtype)
+    result[np.argsort(distance, axis=None, kind="stable")] = np.sort(map_HW, axis=None)[::-1]
+    return result.reshape(height, width)
+
+
 def _pixels(maps: Iterable[ArrayLike], masks: Iterable[ArrayLike]) -> Iterator[tuple[NDArray[np.uint16], BoolArray]]:
     """Yield each map as integers in the order of its float16 values, and its mask."""
     try:
@@ -80,7 +151,12 @@ def _pixels(maps: Iterable[ArrayLike], masks: Iterable[ArrayLike]) -> Iterator[t
             half, mask_HW = np.asarray(anomaly_map).astype(np.float16) + np.float16(0), np.asarray(mask, dtype=bool)
             if half.shape != mask_HW.shape or np.isnan(half).any():
                 raise DataError(f"pixel metrics: map {half.shape}, mask {mask_HW.shape}; expected equal shapes, no NaN")
-            bits = half.view(np.uint16)
-            yield np.where(bits & 0x8000, ~bits, bits | 0x8000).astype(np.uint16), mask_HW
+            yield _order(half), mask_HW
     except ValueError as error:
         raise DataError(f"pixel metrics: {error}; give one mask per map") from None
+
+
+def _order(half: NDArray[np.float16]) -> NDArray[np.uint16]:
+    """Return integers in the order of float16 values."""
+    bits = half.view(np.uint16)
+    return np.where(bits & 0x8000, ~bits, bits | 0x8000).astype(np.uint16)
