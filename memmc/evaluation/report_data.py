@@ -137,10 +137,18 @@ class MemoryHealth:
 
     Attributes:
         auroc_without_memory: AUROC of the same model with its memory masked out, if measured.
+        gates: mean gate of each encoder level the decoder hears, [0, 1]; empty for a single level.
+        error: masked error on held-out normals, in standard deviations of the pixels, if measured.
+        error_without_memory: the same with the memory masked out.
+        error_last_level_only: the same with all levels but the last shut off.
     """
 
     layers: tuple[MemoryLayer, ...]
     auroc_without_memory: float | None = None
+    gates: tuple[float, ...] = ()
+    error: float | None = None
+    error_without_memory: float | None = None
+    error_last_level_only: float | None = None
 
 
 @dataclass(frozen=True)

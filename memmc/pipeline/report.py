@@ -209,19 +209,25 @@ def _memory(lake: Lake, model: OpenModel) -> MemoryHealth | None:
     import torch
 
     from memmc.model.artifact import load_model
-    from memmc.model.memory_usage import memory_usage
+    from memmc.model.memory_usage import gate_means, memory_usage
     from memmc.scoring.masks import mask_ids
+    from memmc.training.looks import Fixed, ablations
 
     loaded = load_model(model.folder)
     uids = sorted(row["sop_instance_uid"] for row in normals(lake, model.cohort, "calibrate", model.dataset_version))
     uids = uids[:_MEMORY_IMAGES]
     images = torch.from_numpy(read_images(lake, model.cohort, uids, model.dataset_version)).permute(0, 3, 1, 2)
     ids = mask_ids(loaded.digest, uids, loaded.model.num_patches, loaded.model.num_keep, 1)[:, 0]
-    with torch.inference_mode():
-        layers = memory_usage(loaded.model, (images - loaded.info.pixel_mean) / loaded.info.pixel_std, ids)
+    standardised = (images - loaded.info.pixel_mean) / loaded.info.pixel_std
+    layers = memory_usage(loaded.model, standardised, ids)
     if not layers:
         return None
+    lost = ablations(loaded.model, Fixed.of(standardised, loaded.model))
     return MemoryHealth(
+        gates=tuple(gate_means(loaded.model, standardised, ids)),
+        error=lost["ablation/error"],
+        error_without_memory=lost["ablation/error_without_memory"],
+        error_last_level_only=lost["ablation/error_last_level_only"],
         layers=tuple(
             MemoryLayer(
                 number, layer.mass, layer.slots_used, layer.num_slots, layer.entropy, uniform_mass=layer.uniform_mass
