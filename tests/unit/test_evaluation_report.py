@@ -126,7 +126,8 @@ def demo_report(seed: int = 0) -> ReportData:
             IngestCount("quarantined", "burned_in_annotation", 29),
         ),
         memory=MemoryHealth(
-            tuple(MemoryLayer(n, 0.08 + 0.03 * n, 16 - n, 16, 0.93 - 0.05 * n, 0.485) for n in range(1, 7)), 0.801
+            tuple(MemoryLayer(n, 0.08 + 0.03 * n, 16 - n, 16, 0.93 - 0.05 * n, 0.485) for n in range(1, 7)), 0.801,
+            gates=(0.41, 0.52, 0.63), error=0.211, error_without_memory=0.213, error_last_level_only=0.307,
         ),
         training=TrainingCurve(
             steps, 0.9 * np.exp(-steps / 900) + 0.18 + 0.02 * rng.normal(size=steps.size), steps[99::100],
@@ -171,6 +172,14 @@ def html(demo: ReportData) -> str:
 
 def bare(demo: ReportData) -> ReportData:
     return ReportData(demo.cohort, demo.created_at, demo.provenance, demo.calibration, demo.scores, 3, 150)
+
+
+def test_losses_without_memory_and_levels_stand_in_the_report(demo: ReportData) -> None:
+    page = render_report(demo)
+    for text in ("without the memory 0.213", "hearing the last encoder level alone 0.307", "0.41, 0.52, 0.63"):
+        assert text in " ".join(page.split())
+    single = dataclasses.replace(demo.memory, gates=())
+    assert "last encoder level alone" not in render_report(dataclasses.replace(demo, memory=single))
 
 
 def test_headline_numbers_are_the_inputs(demo: ReportData, html: str) -> None:
