@@ -16,9 +16,10 @@ import typer
 
 from memmc import __version__
 from memmc.cli import erase as erasure
-from memmc.cli import gating, packaging, privacy, selection, summaries, vault
+from memmc.cli import gating, labelling, packaging, privacy, selection, summaries, vault
 from memmc.cli import lake as lake_verbs
 from memmc.cli.options import (
+    BoxesOption,
     CohortOption,
     ConfigOption,
     DryRunOption,
@@ -305,6 +306,7 @@ def report(
 
 app.command(name="select")(selection.select)
 app.command(name="gate")(gating.gate)
+app.command(name="label")(labelling.label)
 app.command(name="scan-phi")(privacy.scan_phi)
 app.add_typer(vault.app, name="vault")
 app.add_typer(lake_verbs.app, name="lake")

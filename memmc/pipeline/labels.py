@@ -12,6 +12,7 @@ from memmc.dicom.deidentify import keyed_uid
 from memmc.errors import DataError, UsageError
 
 LABELS = ("normal", "abnormal", "unknown")
+_NAMES = ("path", "sop_instance_uid")
 _UID = re.compile(r"[0-9]+(\.[0-9]+)+")
 
 
@@ -61,22 +62,41 @@ def read_labels(label: str | None, labels_file: str | None, key: bytes) -> State
         raise UsageError(f"unknown label; expected one of {', '.join(LABELS)}")
     if labels_file is None:
         return StatedLabels(default=label or "unknown")
+    stated = read_table(labels_file)
+    by_path = {name: given for name, given in stated.items() if not is_uid(name)}
+    by_uid = {keyed_uid(key, name): given for name, given in stated.items() if is_uid(name)}
+    return StatedLabels(default=label or "unknown", by_path=by_path, by_uid=by_uid)
+
+
+def is_uid(name: str) -> bool:
+    """Return whether a name in a label table is a UID; else it is a path."""
+    return _UID.fullmatch(name) is not None
+
+
+def read_table(labels_file: str) -> dict[str, str]:
+    """Return path or UID -> label of a label table, the last row of a name.
+
+    Args:
+        labels_file: CSV with the columns `path` (relative to the source, or a UID), or `sop_instance_uid`, and `label`.
+
+    Raises:
+        UsageError: an unknown label, a missing column, an unreadable file. Row numbers, never contents, are named.
+    """
     try:
         with Path(labels_file).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"label table cannot be read ({type(error).__name__}); expected CSV in UTF-8") from None
-    if rows and not {"path", "label"} <= set(rows[0]):
-        raise UsageError("label table lacks a column; expected 'path' and 'label' in its first line")
-    by_path: dict[str, str] = {}
-    by_uid: dict[str, str] = {}
+    column = next((name for name in _NAMES if rows and name in rows[0]), None)
+    if rows and (column is None or "label" not in rows[0]):
+        raise UsageError(
+            f"label table lacks a column; expected 'label' and one of {', '.join(_NAMES)} in its first line"
+        )
+    stated: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
-        stated = (row["label"] or "").strip().lower()
-        if stated not in LABELS:
+        given = (row["label"] or "").strip().lower()
+        if given not in LABELS:
             raise UsageError(f"label table, line {number}: unknown label; expected one of {', '.join(LABELS)}")
-        name = (row["path"] or "").strip()
-        if _UID.fullmatch(name):
-            by_uid[keyed_uid(key, name)] = stated
-        else:
-            by_path[str(PurePosixPath(name))] = stated
-    return StatedLabels(default=label or "unknown", by_path=by_path, by_uid=by_uid)
+        name = (row[str(column)] or "").strip()
+        stated[name if is_uid(name) else str(PurePosixPath(name))] = given
+    return stated

@@ -120,6 +120,27 @@ class EvaluationResult(Result):
     chosen_false_positive_rate: float
     sensitivity: float
     pixel_auroc: float | None = None
+    localisation: dict[str, Any] | None = None
+    boxes: dict[str, Any] | None = None
+    sensitivity_at: list[dict[str, Any]] = field(default_factory=list)
+    rates: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LabelResult(Result):
+    """Account of a label table: stated = names in it; of them `unknown` name nothing stored in the cohort.
+
+    A name stands for every frame of its object, so `added` + `unchanged` instances may be more than the names.
+    """
+
+    cohort: str
+    stated: int
+    unknown: int
+    added: int
+    unchanged: int
+    labels: dict[str, int]
+    version: int
 
 
 @dataclass(frozen=True)

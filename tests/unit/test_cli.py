@@ -23,7 +23,7 @@ VERBS = {
     "select",
     "export",
 }
-VERBS |= {"lake", "scan-phi", "erase", "vault", "gate"}
+VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
