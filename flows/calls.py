@@ -134,7 +134,8 @@ def secret_value(block: str) -> str:
         "'prefect block create secret', or check its name"
     )
     try:
-        value = Secret.load(block).get()
+        secret = Secret.load(block)
+        value = secret.get() if isinstance(secret, Secret) else None
     except Exception:  # noqa: BLE001 - the library's own text may quote the block's document
         raise failure from None
     if not isinstance(value, str):
