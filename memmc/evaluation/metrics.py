@@ -153,7 +153,7 @@ def auroc(labels: ArrayLike, scores: ArrayLike, weights: FloatArray | None = Non
         DataError: a class is missing, or a score is not finite.
     """
     labels_N, scores_N = _checked(labels, scores)
-    abnormal_RG, normal_RG = _grouped(labels_N, scores_N, weights)
+    abnormal_RG, normal_RG = class_weights(labels_N, scores_N, weights)
     below_RG = np.cumsum(normal_RG, axis=1) - normal_RG
     wins_R = (abnormal_RG * (below_RG + normal_RG / 2)).sum(axis=1)
     area_R = wins_R / (abnormal_RG.sum(axis=1) * normal_RG.sum(axis=1))
@@ -170,7 +170,7 @@ def average_precision(labels: ArrayLike, scores: ArrayLike, weights: FloatArray 
     Args and Raises as `auroc`.
     """
     labels_N, scores_N = _checked(labels, scores)
-    abnormal_RG, normal_RG = (counts[:, ::-1] for counts in _grouped(labels_N, scores_N, weights))
+    abnormal_RG, normal_RG = (counts[:, ::-1] for counts in class_weights(labels_N, scores_N, weights))
     hits_RG = np.cumsum(abnormal_RG, axis=1)
     flagged_RG = hits_RG + np.cumsum(normal_RG, axis=1)
     precision_RG = np.divide(hits_RG, flagged_RG, out=np.zeros_like(hits_RG), where=flagged_RG > 0)
@@ -185,7 +185,7 @@ def roc_curve(labels: ArrayLike, scores: ArrayLike) -> RocCurve:
         DataError: a class is missing, or a score is not finite.
     """
     labels_N, scores_N = _checked(labels, scores)
-    abnormal_G, normal_G = (counts[0, ::-1] for counts in _grouped(labels_N, scores_N, None))
+    abnormal_G, normal_G = (counts[0, ::-1] for counts in class_weights(labels_N, scores_N, None))
     return RocCurve(
         false_positive_rate=np.concatenate([[0.0], np.cumsum(normal_G) / normal_G.sum()]),
         sensitivity=np.concatenate([[0.0], np.cumsum(abnormal_G) / abnormal_G.sum()]),
@@ -320,8 +320,16 @@ def need_both(num_abnormal: float, num_normal: float, what: str) -> None:
         )
 
 
-def _grouped(labels_N: BoolArray, scores_N: FloatArray, weights: FloatArray | None) -> tuple[FloatArray, FloatArray]:
-    """Return weights of abnormals and of normals per distinct score, rising, each (R, G)."""
+def class_weights(
+    labels_N: BoolArray, scores_N: FloatArray, weights: FloatArray | None
+) -> tuple[FloatArray, FloatArray]:
+    """Return weights of abnormals and of normals per distinct score, rising, each (R, G).
+
+    Args:
+        labels_N: true where abnormal.
+        scores_N: higher is more abnormal.
+        weights: (R, N) counts of each image; one row of ones when absent.
+    """
     order = np.argsort(scores_N, kind="stable")
     ordered = scores_N[order]
     starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))

@@ -70,6 +70,7 @@ def unmet(lake: Lake, model: OpenModel, cohort: str) -> list[dict[str, Any]]:
         DataError: one of the two classes is missing; nothing can be measured.
     """
     columns = ["object_key", "sop_instance_uid", "patient_key", "label", "manufacturer", "view_position", "patient_sex"]
+    columns += ["patient_age_years"]
     columns += ["preprocess_id", "height", "width", "channels", "bits"]
     stored = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored"}).to_pylist()
     met = met_patients(lake, model)
