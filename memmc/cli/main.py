@@ -270,6 +270,7 @@ def evaluate(
             "--masks", metavar="FILE.csv", help="Columns sop_instance_uid, path: lesion masks as PNG, for pixel AUROC."
         ),
     ] = None,
+    boxes: BoxesOption = None,
     lake: LakeOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -279,7 +280,7 @@ def evaluate(
     from memmc.pipeline.evaluate import evaluate as step
 
     with call(lake, config, settings, as_json=as_json) as run:
-        result = step(run.config, cohort, model, masks=masks, progress=run.terminal)
+        result = step(run.config, cohort, model, masks=masks, boxes=boxes, progress=run.terminal)
         run.finish(result, lambda: summaries.evaluate(result))
 
 
@@ -288,6 +289,7 @@ def report(
     cohort: CohortOption,
     model: ModelOption = None,
     masks: Annotated[Path | None, typer.Option("--masks", metavar="FILE.csv", help="As for evaluate.")] = None,
+    boxes: BoxesOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE.html", help="The file; reports/ in the lake when absent.")
     ] = None,
@@ -300,7 +302,8 @@ def report(
     from memmc.pipeline.report import report as step
 
     with call(lake, config, settings, as_json=as_json) as run:
-        result = step(run.config, cohort, model, out=str(out) if out else None, masks=masks, progress=run.terminal)
+        where = str(out) if out else None
+        result = step(run.config, cohort, model, out=where, masks=masks, boxes=boxes, progress=run.terminal)
         run.finish(result, lambda: result.report)
 
 

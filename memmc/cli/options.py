@@ -42,6 +42,14 @@ SinceOption = Annotated[
     ),
 ]
 LimitOption = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="At most so many instances.")]
+BoxesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--boxes",
+        metavar="FILE.csv",
+        help="Columns sop_instance_uid, x, y, width, height: lesion boxes, px of the original image.",
+    ),
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
 

@@ -85,6 +85,11 @@ def evaluate(result: EvaluationResult) -> str:
 
 
 def plan(result: PlanResult) -> str:
+    if result.boxes is not None:
+        lines.append(
+            f"  top region         finds a box in {result.boxes['hit_rate']:.1%} of images; a random box of its size "
+            f"{result.boxes['hit_rate_random_box']:.1%}, one in the middle {result.boxes['hit_rate_centre_prior']:.1%}"
+        )
     """What a dry run found."""
     return "\n".join(f"  {count:8d}  {what}" for what, count in result.counts.items())
 

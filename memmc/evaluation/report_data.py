@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from memmc.evaluation.boxes import BoxFigures
 from memmc.evaluation.controls import ControlResult
 from memmc.evaluation.metrics import Evaluation, FloatArray, Interval
 
@@ -200,11 +201,15 @@ class Localisation:
     Attributes:
         num_images: images with a mask.
     """
+        dice: at the calibrated level; None where the calibration names none.
+        controls: the same figures, by name, of the maps' values moved elsewhere (`localisation.pixel_figures`).
 
     num_images: int
     pixel_auroc: float
     aupro: float | None = None
 
+    dice: float | None = None
+    controls: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict[str, Mapping[str, float | None]])
 
 @dataclass(frozen=True)
 class ReportData:
@@ -235,6 +240,7 @@ class ReportData:
     most_abnormal: tuple[Case, ...] = ()
     calmest_normals: tuple[Case, ...] = ()
     typical_normals: tuple[Case, ...] = ()
+    boxes: BoxFigures | None = None
     missed_abnormals: tuple[Case, ...] = ()
     flagged_normals: tuple[Case, ...] = ()
     ingest: tuple[IngestCount, ...] = ()

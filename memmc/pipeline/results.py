@@ -99,7 +99,15 @@ class ScoreResult(Result):
 
 @dataclass(frozen=True)
 class EvaluationResult(Result):
-    """Quality on labelled instances whose patients the model never met."""
+    """Quality on labelled instances whose patients the model never met.
+
+    Attributes:
+        sensitivity_at: at fixed specificities, with intervals.
+        rates: promised and observed false-positive rates, with intervals; the data of a calibration plot.
+        groups: the same model on parts of the images.
+        localisation: of maps against lesion masks, and of its controls.
+        boxes: of regions against boxes, and of their controls.
+    """
 
     auroc: float
     auroc_low: float
