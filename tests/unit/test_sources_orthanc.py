@@ -130,7 +130,7 @@ def test_instances_deleted_meanwhile(archive):
     assert numbers(listing) == [0, 2, 3]
     archive.delete(0)
     assert reason(archive, listing.objects[0]) == "FILE_CHANGED_DURING_READ"
-    archive.receive(2, b"other bytes, same UID")
+    archive.receive(2, b"overwrites")
     assert reason(archive, listing.objects[1]) == "FILE_CHANGED_DURING_READ"
     again = place.listing(listing.cursor, everything)
     archive.wait(61)
