@@ -98,8 +98,16 @@ def test_scores_are_complete_unique_and_repeatable(inside):
     assert (second.scored, second.already_scored) == (0, first.instances)
     table = export_scores(inside.config, "cxr", None, inside.root / "scores.parquet")
     assert tuple(table.column_names) == COLUMNS
-    rows = table.to_pylist()
+    rows = [row for row in table.to_pylist() if row["not_scored"] is None]
     assert len({row["sop_instance_uid"] for row in rows}) == len(rows) == first.instances
+    unscored = [row for row in table.to_pylist() if row["not_scored"] is not None]
+    assert len(unscored) == first.not_scored > 0
+    assert all(row["anomaly_score"] is None and row["p_value"] is None for row in unscored)
+    assert "META_SOP_CLASS_UNSUPPORTED" in {row["not_scored"] for row in unscored}
+    assert {row["stratum"] for row in rows} == {"pooled"}
+    studies = export_scores(inside.config, "cxr", None, None, "study").to_pylist()
+    assert sum(row["num_instances"] for row in studies) == table.num_rows
+    assert all(row["p_value"] >= row["min_p_value"] / 2 for row in studies if row["num_scored"])
     assert all(0 < row["p_value"] <= 1 and np.isfinite(row["anomaly_score"]) for row in rows)
     sources = {row["source_key"] for row in rows}
     listed = {str(path.relative_to(inside.hospital.dicom_dir)) for path in inside.hospital.dicom_dir.rglob("*")}
@@ -140,6 +148,8 @@ def test_evaluation_uses_only_patients_the_model_never_met(inside):
     assert set(result.controls) == {"pca_8x8", "knn_8x8", "mean_intensity", "sharpness"}
     assert result.pixel_auroc is not None
     assert json.loads(json.dumps(result.as_dict()))["model"] == model.ref
+    assert [item["specificity"] for item in result.sensitivity_at] == [0.9, 0.95]
+    assert {item["nominal"] for item in result.rates} >= {0.05}
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(inside):
