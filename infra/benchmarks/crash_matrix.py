@@ -254,7 +254,7 @@ def s3_server() -> Iterator[str]:
 
 
 def _make_bucket() -> None:
-    from memmc.lake import s3
+    from memmc import s3
 
     s3.client().create_bucket(Bucket="lake")
 

@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 
 from memmc.errors import IntegrityError, StorageError
 from memmc.lake.files import DataFile, read_file, write_rows
-from memmc.lake.s3 import AbsentError
 from memmc.lake.schemas import INSTANCES, schema_of
 from memmc.lake.shards import ShardFile, lineage_of, read_shard, write_shard
 from memmc.lake.tables import Lake, LostTurnError
+from memmc.s3 import AbsentError
 
 ERASED = "erased"
 """Reason of the `excluded` row that stays in place of an erased object."""

@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from memmc.lake.s3 import AbsentError
 from memmc.lake.storage import Storage
+from memmc.s3 import AbsentError
 
 
 def entry_name(table: str, version: int) -> str:

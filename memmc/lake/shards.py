@@ -9,6 +9,7 @@ that rotted, was cut, or was swapped for another never becomes a batch.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import uuid
@@ -147,24 +148,54 @@ def _read_small_columns(
     storage: Storage, path: str, columns: Sequence[str], optional: pa.Schema | None
 ) -> pa.Table | None:
     """Fetch only what the columns need; None when that fails, so that the whole file is fetched and judged."""
-    filesystem, root = storage.arrow_filesystem()
+    tail, size = storage.read_range(path, -TAIL_BYTES, TAIL_BYTES)
     try:
-        with filesystem.open_input_file(f"{root}/{path}") as source:
-            size = source.size()
-            tail = source.read_at(min(size, TAIL_BYTES), max(0, size - TAIL_BYTES))
-            length = _footer_length(tail)
-            if length > len(tail):
-                tail = source.read_at(length, size - length)
-            named = _NAME.match(PurePosixPath(path).name)
-            if named and _footer_digest(tail) != named["footer"]:
-                return None
-            metadata = pq.read_metadata(pa.BufferReader(tail))
-            with pq.ParquetFile(source, metadata=metadata, pre_buffer=True, page_checksum_verification=True) as file:
-                wanted, present = _columns_of(file, path, columns, optional)
-                table = _in_order(file.read(columns=present, use_threads=False), wanted, optional)
-                return table if table.num_rows == metadata.num_rows else None
+        length = _footer_length(tail)
+        if length > len(tail):
+            tail, size = storage.read_range(path, -length, length)
+        named = _NAME.match(PurePosixPath(path).name)
+        if named and _footer_digest(tail) != named["footer"]:
+            return None
+        metadata = pq.read_metadata(pa.BufferReader(tail))
+        source = pa.PythonFile(_Ranges(storage, path, size, tail), mode="r")
+        with pq.ParquetFile(source, metadata=metadata, pre_buffer=True, page_checksum_verification=True) as file:
+            wanted, present = _columns_of(file, path, columns, optional)
+            table = _in_order(file.read(columns=present, use_threads=False), wanted, optional)
+            return table if table.num_rows == metadata.num_rows else None
     except _UNREADABLE:
         return None
+
+
+class _Ranges(io.RawIOBase):
+    """A shard of which only what is asked for is fetched; its tail is at hand."""
+
+    def __init__(self, storage: Storage, path: str, size: int, tail: bytes) -> None:
+        super().__init__()
+        self._storage, self._path, self._size, self._tail = storage, path, size, tail
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        length = max(0, self._size - self._at if size < 0 else min(size, self._size - self._at))
+        start = self._at - (self._size - len(self._tail))
+        if start >= 0:
+            data = self._tail[start : start + length]
+        else:
+            data = self._storage.read_range(self._path, self._at, length)[0] if length else b""
+        self._at += len(data)
+        return data
 
 
 def _footer_length(data: bytes) -> int:

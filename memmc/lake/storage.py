@@ -7,19 +7,21 @@ holds nothing but its URI, may be pickled, and connects where it is used.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
+import hashlib
 import os
 import uuid
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from memmc import s3
 from memmc.errors import StorageError, UsageError
-from memmc.lake import s3
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -89,6 +91,24 @@ class Storage:
         with _local_errors("read"):
             return path.read_bytes()
 
+    def read_range(self, rel: str, start: int, length: int) -> tuple[bytes, int]:
+        """Return some bytes of an object, and its size.
+
+        Args:
+            start: first byte; a negative one counts from the end.
+            length: bytes, fewer where the object ends.
+
+        Raises:
+            StorageError: absent, or the place cannot be read.
+        """
+        path = self.local_path(rel)
+        if path is None:
+            return self._read_s3_range(rel, start, length)
+        with _local_errors("read"), path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size + start) if start < 0 else start)
+            return file.read(length), size
+
     def write(self, rel: str, data: bytes) -> None:
         """Write an object whole: after a crash it holds its old bytes, or all of `data`.
 
@@ -97,7 +117,7 @@ class Storage:
         """
         path = self.local_path(rel)
         if path is None:
-            s3.call(lambda client: client.put_object(**self._key(rel), Body=data))
+            s3.call(lambda client: client.put_object(**self._key(rel), **_body(data)))
             return
         with _local_errors("write"), self._aside(path, data) as temporary:
             temporary.replace(path)
@@ -114,7 +134,7 @@ class Storage:
         path = self.local_path(rel)
         try:
             if path is None:
-                s3.call(lambda client: client.put_object(**self._key(rel), Body=data, IfNoneMatch="*"))
+                s3.call(lambda client: client.put_object(**self._key(rel), **_body(data), IfNoneMatch="*"))
             else:
                 with _local_errors("write"), self._aside(path, data) as temporary:
                     os.link(temporary, path)
@@ -203,7 +223,7 @@ class Storage:
             "conditional_put": "etag",  # a commit is one PUT with If-None-Match
             "connect_timeout": f"{s3.CONNECT_TIMEOUT_S}s",
             "timeout": f"{s3.READ_TIMEOUT_S}s",
-            "max_retries": "3",
+            "max_retries": "10",  # within the timeout that follows
             "retry_timeout": f"{s3.RETRY_BUDGET_S:.0f}s",
         }
         endpoint = s3.endpoint()
@@ -254,6 +274,16 @@ class Storage:
         bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
         return {"Bucket": bucket, "Key": f"{prefix}/{_checked(rel)}".lstrip("/")}
 
+    def _read_s3_range(self, rel: str, start: int, length: int) -> tuple[bytes, int]:
+        asked = f"bytes={start}" if start < 0 else f"bytes={start}-{start + length - 1}"
+
+        def request(client: Any) -> tuple[bytes, int]:
+            answer = client.get_object(**self._key(rel), Range=asked)
+            size = int(str(answer.get("ContentRange", "/0")).rpartition("/")[2]) or answer["ContentLength"]
+            return answer["Body"].read()[:length], size
+
+        return s3.call(request)
+
     def _list_s3(self, prefix: str) -> Iterator[str]:
         where = self._key(prefix) if prefix else self._key("_")
         folder = f"{where['Key']}/" if prefix else where["Key"].removesuffix("_")
@@ -290,6 +320,11 @@ class Storage:
         for path in reversed(missing):
             path.mkdir(mode=0o700 if path == Path(self.uri) else 0o777, exist_ok=True)
             _fsync(path.parent)
+
+
+def _body(data: bytes) -> dict[str, Any]:
+    """Return a body with the checksum that every S3 server compares before it stores anything."""
+    return {"Body": data, "ContentMD5": base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()}
 
 
 def _is_relative(rel: str) -> bool:

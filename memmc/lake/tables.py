@@ -24,10 +24,10 @@ from memmc.errors import DataError, IdentityKeyError, StorageError
 from memmc.lake import log
 from memmc.lake.evolution import evolve
 from memmc.lake.files import DataFile, Filter, Value, read_file, select_rows, values, write_rows
-from memmc.lake.s3 import AbsentError
 from memmc.lake.schemas import INSTANCES, LABELS, PARTITION_BY, SCHEMAS, schema_of
 from memmc.lake.shards import BULK_COLUMNS, ShardFile, lineage_of
 from memmc.lake.storage import Storage
+from memmc.s3 import AbsentError
 
 if TYPE_CHECKING:
     from deltalake import DeltaTable

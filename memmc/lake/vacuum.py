@@ -16,7 +16,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from memmc.lake import s3
+from memmc import s3
 from memmc.lake.schemas import SCHEMAS
 from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake

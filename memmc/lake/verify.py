@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from memmc.errors import IntegrityError
 from memmc.lake.files import DataFile, select_rows
-from memmc.lake.s3 import AbsentError
 from memmc.lake.schemas import INSTANCES, PARTITION_BY, SCHEMAS, SCORES, schema_of
 from memmc.lake.shards import named_digest, parse_shard
 from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
+from memmc.s3 import AbsentError
 
 VERIFY_THREADS = 4
 

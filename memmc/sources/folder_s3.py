@@ -8,7 +8,6 @@ is ever opened: each part of a path is opened from its parent, links refused.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import stat
 from collections.abc import Generator, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
+from memmc import s3
 from memmc.errors import StorageError, UsageError
 from memmc.sources.objects import (
     FILE_CHANGED_DURING_READ,
@@ -249,72 +249,39 @@ def _s3_object(bucket: str, folder: str, item: dict[str, Any]) -> SourceObject:
 
 
 def _page(bucket: str, prefix: str, more: dict[str, Any]) -> dict[str, Any]:
-    from botocore.exceptions import BotoCoreError, ClientError
-
+    arguments = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": S3_PAGE_KEYS, **more}
     try:
-        return _client().list_objects_v2(Bucket=bucket, Prefix=prefix, **{"MaxKeys": S3_PAGE_KEYS, **more})
-    except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        raise StorageError(f"the S3 source cannot be listed ({code}); check bucket and AWS_* variables") from None
-    except BotoCoreError as error:
-        kind = type(error).__name__
-        raise StorageError(f"the S3 source does not answer ({kind}); check AWS_ENDPOINT_URL and the network") from None
+        return s3.call(lambda client: client.list_objects_v2(**arguments))
+    except StorageError as error:
+        raise StorageError(f"the S3 source cannot be listed: {error}") from None
 
 
 def _fetch_s3(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
-    from botocore.exceptions import BotoCoreError, ClientError
-
     bucket, key = _bucket_and_key(obj.uri)
     root_bucket, root = _bucket_and_key(source_uri)
     under = key == root or not root or key.startswith(root if root.endswith("/") else f"{root}/")
     if bucket != root_bucket or not under:
         raise FetchFailed(FILE_PATH_ESCAPE)
-    try:
-        answer = _client().get_object(Bucket=bucket, Key=key, IfMatch=obj.modified)
+
+    def request(client: Any) -> bytes:
+        answer = client.get_object(Bucket=bucket, Key=key, IfMatch=obj.modified)
         if answer["ContentLength"] > max_bytes:
             answer["Body"].close()
             raise FetchFailed(FILE_TOO_LARGE)
-        data = answer["Body"].read()
-    except ClientError as error:
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        code = error.response.get("Error", {}).get("Code", "")
-        raise FetchFailed(_reason(status, str(code))) from None
-    except BotoCoreError:
-        raise FetchFailed(STORE_TIMEOUT) from None
+        return answer["Body"].read()
+
+    try:
+        data = s3.call(request)
+    except StorageError as error:
+        raise FetchFailed(_reason(error)) from None
     if len(data) != obj.size:
         raise FetchFailed(FILE_CHANGED_DURING_READ)
     return data
 
 
-def _reason(status: int, code: str) -> str:
-    if status in {404, 412} and code != "NoSuchBucket":
+def _reason(error: StorageError) -> str:
+    if isinstance(error, s3.AbsentError | s3.AlreadyThereError):  # gone, or no longer the one that was listed
         return FILE_CHANGED_DURING_READ
-    if code == "InvalidObjectState":  # archived, has to be restored first
+    if isinstance(error, s3.S3Error) and error.code == "InvalidObjectState":  # archived, has to be restored first
         return FILE_UNREADABLE
-    return STORE_AUTH if status in {401, 403} else STORE_TIMEOUT
-
-
-def _client() -> Any:
-    """Return this process's S3 client, from the ``AWS_*`` environment."""
-    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-    return _make_client(os.getpid(), endpoint, os.environ.get("AWS_ACCESS_KEY_ID"))
-
-
-@functools.lru_cache(maxsize=4)
-def _make_client(_pid: int, endpoint: str | None, _access_key: str | None) -> Any:
-    import botocore.session
-    from botocore.config import Config
-
-    return botocore.session.get_session().create_client(
-        "s3",
-        region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
-        endpoint_url=endpoint,
-        config=Config(
-            connect_timeout=5,
-            read_timeout=20,
-            retries={"total_max_attempts": 3, "mode": "standard"},
-            s3={"addressing_style": "path" if endpoint else "auto"},
-        ),
-    )
+    return STORE_AUTH if isinstance(error, s3.AccessRefusedError) else STORE_TIMEOUT

@@ -118,3 +118,22 @@ def test_swapped_and_absent_shards(tmp_path):
         read_shard(storage, one.path, ["cohort"])
     with pytest.raises(IntegrityError, match="no columns"):
         read_shard(storage, two.path, ["nothing"])
+
+
+def test_a_store_that_fails_is_not_asked_again_for_the_whole_file(tmp_path, monkeypatch):
+    storage = Storage.open(tmp_path)
+    shard = write_shard(storage, "instances", make_table())
+    asked: list[int] = []
+
+    def ranges(self, rel, start, length):
+        asked.append(start)
+        if start >= 0:
+            raise StorageError("no answer")
+        return read_range(self, rel, start, length)
+
+    read_range = Storage.read_range
+    monkeypatch.setattr(Storage, "read_range", ranges)
+    monkeypatch.setattr(shards, "TAIL_BYTES", 600)
+    with pytest.raises(StorageError, match="no answer"):
+        read_shard(storage, shard.path, ["cohort"])
+    assert [start >= 0 for start in asked].count(True) == 1

@@ -66,28 +66,41 @@ def _client(_pid: int, _environment: tuple[str | None, ...]) -> Any:
         config=Config(
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
-            # Two attempts keep a call to a silent server under a minute; `call` retries what the server answers.
-            retries={"total_max_attempts": 2, "mode": "standard"},
+            retries={"total_max_attempts": 1, "mode": "standard"},  # `call` retries, within one budget
             s3={"addressing_style": "path" if endpoint() else "auto"},
         ),
     )
 
 
-class AbsentError(StorageError):
+class S3Error(StorageError):
+    """The server refused; `code` is its word for why."""
+
+    code = ""
+
+
+class AbsentError(S3Error):
     """Nothing of this name is there."""
 
 
-class AlreadyThereError(StorageError):
-    """An object of this name is already there."""
+class AlreadyThereError(S3Error):
+    """An object of this name is already there, or is not the one that was asked for."""
+
+
+class AccessRefusedError(S3Error):
+    """These credentials, or none, may not do this."""
 
 
 def call(request: Callable[[Any], Any]) -> Any:
-    """Run one request on the client; retry, with jitter, what the server says may be retried.
+    """Run one request on the client; retry, with jitter, what may pass by itself.
+
+    That is 5xx, 409, 429, a connection that fails or is reset, and a body that is cut. The last try begins within
+    `RETRY_BUDGET_S` and ends at the latest with the timeouts, so that a silent server costs less than a minute.
 
     Raises:
-        StorageError: refused, absent (`AbsentError`), there already (`AlreadyThereError`), or no answer.
+        StorageError: refused (`AccessRefusedError`), absent (`AbsentError`), there already (`AlreadyThereError`), no
+            answer, or any other answer (`S3Error`).
     """
-    from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError, ResponseStreamingError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     deadline, pause = time.monotonic() + RETRY_BUDGET_S, 0.2
     while True:
@@ -95,27 +108,44 @@ def call(request: Callable[[Any], Any]) -> Any:
             return request(client())
         except ClientError as error:
             status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-            if (status < 500 and status not in {409, 429}) or time.monotonic() + pause > deadline:
-                raise _refused(status, str(error.response.get("Error", {}).get("Code", ""))) from None
-        except (IncompleteReadError, ResponseStreamingError) as error:  # cut while the body was read
-            if time.monotonic() + pause > deadline:
-                raise _unreachable(type(error).__name__) from None
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            again = status >= 500 or status in {409, 429} or code in _AGAIN
+            failure = _refused(status, code)
         except BotoCoreError as error:
-            raise _unreachable(type(error).__name__) from None
+            again = isinstance(error, _passing())
+            failure = _unreachable(type(error).__name__)
+        if not again or time.monotonic() + pause > deadline:
+            raise failure
         time.sleep(pause * random.uniform(0.5, 1.0))
-        pause *= 2
+        pause = min(2 * pause, 5.0)
 
 
-def _refused(status: int, code: str) -> StorageError:
+_AGAIN = frozenset({"BadDigest", "IncompleteBody", "RequestTimeout"})  # the body was spoilt or cut on its way
+
+
+@functools.cache
+def _passing() -> tuple[type[Exception], ...]:
+    """Return the failures of a connection, as against those of the call."""
+    from botocore.exceptions import ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError
+
+    return (ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError)
+
+
+def _refused(status: int, code: str) -> S3Error:
     if code == "NoSuchBucket":
-        return StorageError("S3 storage: the bucket does not exist; make it or check the URI")
-    if status == 404:
-        return AbsentError("S3 storage: nothing of this name is there; check the lake URI")
-    if status == 412:
-        return AlreadyThereError("S3 storage: an object of this name is already there")
-    if status in {401, 403}:
-        return StorageError(f"S3 storage: access refused ({code}); check AWS_ACCESS_KEY_ID, its secret and its rights")
-    return StorageError(f"S3 storage: the server answered {status} ({code}); run again, then ask the server's keeper")
+        error = S3Error("S3 storage: the bucket does not exist; make it or check the URI")
+    elif status == 404:
+        error = AbsentError("S3 storage: nothing of this name is there; check the lake URI")
+    elif status == 412:
+        error = AlreadyThereError("S3 storage: an object of this name is already there")
+    elif status in {401, 403}:
+        error = AccessRefusedError(
+            f"S3 storage: access refused ({code}); check AWS_ACCESS_KEY_ID, its secret and its rights"
+        )
+    else:
+        error = S3Error(f"S3 storage: the server answered {status} ({code}); run again, then ask the server's keeper")
+    error.code = code
+    return error
 
 
 def _unreachable(kind: str) -> StorageError:
