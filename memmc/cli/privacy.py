@@ -50,6 +50,7 @@ def scan_phi(
 
     with call(lake, config, settings, as_json=as_json) as run:
         given = bool(identifiers or dicom)
+        run.terminal.stage("identifiers")
         wanted = identifiers_of(identifiers or [], dicom or []) if given or not self_test else Identifiers(())
         result = step(
             run.config,

@@ -294,7 +294,7 @@ def sqlite_views(path: Path) -> Iterator[View]:
     Raises:
         Unreadable: it does not open.
     """
-    with tempfile.TemporaryDirectory(prefix="memmc-scan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="scan-phi-") as folder:
         copy = Path(folder) / "copy.db"
         for suffix in ("", "-wal"):
             source = path.with_name(path.name + suffix)

@@ -24,6 +24,7 @@ from memmc.pipeline.models import open_model, tracking_of
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import Result
 from memmc.pipeline.settle import turn_name
+from memmc.pipeline.vault import forget
 from memmc.registry.models import all_versions
 
 Kind = Literal["patient", "study"]
@@ -113,6 +114,8 @@ def erase(
         writers = running(lake.storage)
         for name in reports:
             lake.storage.delete(name)
+        if config.deid.vault_uri is not None and cohort is None:
+            rows["vault"] = forget(config, subject.column, subject.value)
         with lease(lake, run):
             progress.stage("erase", len(tables))
             for number, table in enumerate(tables, start=1):

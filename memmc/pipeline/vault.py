@@ -40,6 +40,7 @@ SCHEMA: Final = pa.schema(
         ),  # pseudonym of the row: of a frame, where frames are rows
         pa.field("object_uid", pa.string(), nullable=False),  # pseudonym of the object, bound into the seal
         pa.field("patient_key", pa.string(), nullable=False),
+        pa.field("study_uid", pa.string(), nullable=False),  # pseudonym
         pa.field("sealed", pa.binary(), nullable=False),
         pa.field("vault_key_id", pa.string(), nullable=False),
         pa.field("ingest_run", pa.string(), nullable=False),
@@ -111,9 +112,21 @@ def write_entries(vault: Storage, public_key: bytes, rows: Sequence[dict[str, An
     named = {"vault_key_id": vault_key_id(public_key)}
     entries = [{**row, **named, "sealed_at": row["ingested_at"]} for row in sealed]
     table = pa.Table.from_pylist([{name: entry[name] for name in SCHEMA.names} for entry in entries], schema=SCHEMA)
+    _write(vault, table)
+
+
+def _write(vault: Storage, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     vault.write(f"{ENTRIES}/{uuid.uuid4().hex}.parquet", sink.getvalue().to_pybytes())
+
+
+def _read(vault: Storage, name: str) -> pa.Table:
+    try:
+        with pq.ParquetFile(pa.BufferReader(vault.read(name)), page_checksum_verification=True) as file:
+            return file.read(SCHEMA.names)
+    except (pa.ArrowException, OSError, KeyError):
+        raise IntegrityError("a file of the vault is damaged; restore it from a copy") from None
 
 
 def make_keys(private_key_file: Path, public_key_file: Path, passphrase: str | None) -> VaultKeys:
@@ -207,14 +220,37 @@ def _entries(vault: Storage, uids: list[str]) -> Iterator[dict[str, Any]]:
     wanted = pc.SetLookupOptions(value_set=pa.array(uids))
     found: list[dict[str, Any]] = []
     for name in vault.list(ENTRIES):
-        try:
-            with pq.ParquetFile(pa.BufferReader(vault.read(name)), page_checksum_verification=True) as file:
-                table = file.read()
-            mask = pc.call_function("is_in", [table["sop_instance_uid"]], wanted)
-            found += table.filter(mask).to_pylist()
-        except (pa.ArrowException, OSError, KeyError):
-            raise IntegrityError("a file of the vault is damaged; restore it from a copy") from None
+        table = _read(vault, name)
+        mask = pc.call_function("is_in", [table["sop_instance_uid"]], wanted)
+        found += table.filter(mask).to_pylist()
     yield from sorted(found, key=lambda row: row["sealed_at"])
+
+
+def forget(config: Config, column: str, pseudonym: str) -> int:
+    """Remove the entries of a patient or study; return how many. A killed call is run again.
+
+    Args:
+        config: names the vault; without one nothing is done.
+        column: `patient_key` or `study_uid`.
+        pseudonym: its value.
+
+    Raises:
+        StorageError: the vault cannot be read or written.
+        IntegrityError: a file of it is damaged.
+    """
+    if config.deid.vault_uri is None:
+        return 0
+    vault, removed = Storage.open(config.deid.vault_uri), 0
+    for name in vault.list(ENTRIES):
+        table = _read(vault, name)
+        kept = table.filter(pc.call_function("not_equal", [table[column], pa.scalar(pseudonym)]))
+        if kept.num_rows == table.num_rows:
+            continue
+        if kept.num_rows:
+            _write(vault, kept)
+        vault.delete(name)
+        removed += table.num_rows - kept.num_rows
+    return removed
 
 
 def _write_audit(vault: Storage, own: str, asked: list[str], found: int) -> str:

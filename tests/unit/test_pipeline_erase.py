@@ -3,6 +3,7 @@
 import json
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_lake_erasure import bytes_of, instances, scores
 from typer.testing import CliRunner
@@ -12,7 +13,9 @@ from memmc.config import TrackingConfig
 from memmc.dicom.deidentify import key_id, keyed_patient, keyed_uid, load_key
 from memmc.errors import MemmcError
 from memmc.lake.schemas import CALIBRATIONS, INSTANCES, SCORES
+from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
+from memmc.pipeline.vault import write_entries
 from memmc.registry.models import register
 from memmc.registry.tracking import open_tracking
 
@@ -79,6 +82,24 @@ def test_a_patient_named_by_the_original(lake):
         assert name.encode() not in left
     with pytest.raises(MemmcError, match="nothing of this patient"):
         erase(lake, "--patient", "-", text=f"{ORIGINAL}\n")
+
+
+def test_the_vault_forgets_too(lake):
+    root = lake.storage.local_path().parent
+    key = load_key(str(root / "key"))
+    vault, rows = Storage.open(root / "vault"), lake.read(INSTANCES).to_pylist()
+    entries = [
+        {**row, "object_uid": row["sop_instance_uid"], "sealed": b"0"} for row in rows if row["sop_instance_uid"]
+    ]
+    entries = [entry for entry in entries if entry["patient_key"] and entry["study_uid"]]
+    write_entries(vault, bytes(32), entries)
+    mine = sum(entry["patient_key"] == keyed_patient(key, ORIGINAL) for entry in entries)
+    assert 0 < mine < len(entries)
+    done = erase(lake, "--patient", "-", "--set", f"deid.vault_uri={root / 'vault'}", text=f"{ORIGINAL}\n")
+    assert done["rows"]["vault"] == mine
+    (left,) = (pq.read_table(root / "vault" / name) for name in vault.list())
+    assert left.num_rows == len(entries) - mine
+    assert keyed_patient(key, ORIGINAL) not in left["patient_key"].to_pylist()
 
 
 def test_a_study_by_its_pseudonym(lake):

@@ -28,7 +28,7 @@ from memmc.phi.planes import local_items
 from memmc.phi.scan import Scan
 from memmc.pipeline.convert_chunk import IngestJob, convert_objects
 from memmc.pipeline.labels import StatedLabels
-from memmc.pipeline.vault import make_keys, read_private_key, read_public_key, vault_of
+from memmc.pipeline.vault import forget, make_keys, read_private_key, read_public_key, vault_of
 from memmc.sources.open import open_source
 
 PRIVATE = X25519PrivateKey.generate()
@@ -173,6 +173,22 @@ def test_an_entry_written_twice_is_one(here: Path) -> None:
     entries = [pq.read_table(path) for path in (here / "vault" / "entries").iterdir()]
     assert sum(table.num_rows for table in entries) == 2
     assert list(json.loads(asked(first).stdout)) == first
+
+
+def test_a_patient_is_forgotten(here: Path) -> None:
+    (here / "in" / "b.dcm").write_bytes(encoded(dataset(SOPInstanceUID="1.2.3.9", PatientID="OTHER")))
+    ingested(here)
+    (here / "in" / "b.dcm").unlink()
+    (uid,) = ingested(here)
+    config = load_config(overrides=["deid.vault_uri=vault"])
+    patient = str(convert(OBJECT, policy()).attributes["patient_key"])
+    assert forget(load_config(), "patient_key", patient) == 0
+    assert forget(config, "patient_key", patient) == 2
+    assert forget(config, "patient_key", patient) == 0
+    done = asked([uid], "--json")
+    assert (done.exit_code, json.loads(done.stdout)["missing"]) == (1, [uid])
+    tables = [pq.read_table(path) for path in (here / "vault" / "entries").iterdir()]
+    assert sum(table.num_rows for table in tables) == 1
 
 
 def test_another_key_opens_nothing(here: Path) -> None:
