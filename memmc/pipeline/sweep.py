@@ -1,0 +1,275 @@
+"""Sweep: many short trainings over settings, judged on held-out normals, side by side in MLflow."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from memmc.config import Config, load_config
+from memmc.errors import ConfigError, TrainingError, UsageError
+from memmc.lake.tables import Lake
+from memmc.pipeline.cluster import ray_cluster, require_cpus, tasks_at_once
+from memmc.pipeline.identity import home_directory
+from memmc.pipeline.ingest import check_cohort
+from memmc.pipeline.models import tracking_of
+from memmc.pipeline.progress import Progress, Silent
+from memmc.pipeline.results import PlanResult, Result
+from memmc.pipeline.select import normals
+from memmc.pipeline.train import keep_back, training_job
+from memmc.registry.tracking import Tracking
+from memmc.training.feed import CachedFeed
+from memmc.training.source import ShardSource
+from memmc.training.trial import NUMBER, run_trial
+
+Criterion = Literal["probe_auroc", "val_error"]
+
+_SECTIONS = ("model", "train")
+_HELD_OUT_SHARE = 0.1
+_FIGURES = ("probe_auroc", "val_error", "loss", "steps")
+
+
+@dataclass(frozen=True)
+class Trial(Result):
+    """One set of settings and what came of it.
+
+    Attributes:
+        settings: `section.key` and value, as given.
+        run: id of the MLflow run.
+        probe_auroc: how well planted lesions are told from the same held-out normals without them.
+        val_error: masked error on held-out normals, in standard deviations of the pixels.
+        failure: kind of error; empty when the trial ended well.
+    """
+
+    settings: dict[str, str]
+    run: str
+    probe_auroc: float | None
+    val_error: float | None
+    loss: float | None
+    steps: int
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class SweepResult(Result):
+    """All trials, best first."""
+
+    sweep: str
+    cohort: str
+    by: str
+    trials: list[Trial]
+
+
+def combinations(params: Sequence[str], samples: int | None, seed: int) -> list[dict[str, str]]:
+    """Return the settings of each trial: all combinations, or `samples` of them drawn without repeats.
+
+    Args:
+        params: `section.key=value,value,...`.
+
+    Raises:
+        UsageError: no values, a name given twice, or a setting that is not of the model or the recipe.
+        ConfigError: an unknown key or a value out of range.
+    """
+    values: dict[str, list[str]] = {}
+    for item in params:
+        name, _, listed = item.partition("=")
+        name, found = name.strip(), [value.strip() for value in listed.split(",") if value.strip()]
+        if not found or name in values:
+            raise UsageError(f"--param {name}: expected section.key=value,value,... once for each key")
+        if name.partition(".")[0] not in _SECTIONS or name == "train.preset":
+            raise UsageError(f"--param {name}: a sweep varies model.* and train.* but not the preset or the data")
+        for value in found:
+            load_config(overrides=[f"{name}={value}"])
+        values[name] = found
+    if not values:
+        raise UsageError("nothing to vary; give --param section.key=value,value,... at least once")
+    every = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+    if samples is None or samples >= len(every):
+        return every
+    return random.Random(seed).sample(every, samples)
+
+
+def trial_config(config: Config, settings: dict[str, str], minutes: float) -> Config:
+    """Return the configuration of one trial; it keeps normals back even when `config` does not.
+
+    Raises:
+        ConfigError: values that do not go together.
+    """
+    tree = config.model_dump()
+    tree["train"] |= {"max_minutes": minutes, "validate_share": config.train.validate_share or _HELD_OUT_SHARE}
+    for name, value in settings.items():
+        section, _, key = name.partition(".")
+        tree[section][key] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+        raise ConfigError(f"trial {shown}: {error.errors()[0]['msg']}") from None
+
+
+def preview(config: Config, cohort: str, params: Sequence[str], samples: int | None, minutes: float) -> PlanResult:
+    """Say how many trials there would be and how long they would take."""
+    check_cohort(cohort)
+    chosen = combinations(params, samples, config.train.seed)
+    configs = [trial_config(config, settings, minutes) for settings in chosen]
+    lake = Lake(config.lake.uri)
+    rows, held_out = keep_back(normals(lake, cohort, "train"), configs[0].train.validate_share)
+    at_once = max(1, tasks_at_once(config) or 1)
+    return PlanResult(
+        {
+            "trials": len(configs),
+            "minutes of training": round(-(-len(configs) // at_once) * minutes),
+            "normal images to train on": len(rows),
+            "normal images held out": len(held_out),
+        }
+    )
+
+
+def sweep(
+    config: Config,
+    cohort: str,
+    params: Sequence[str],
+    *,
+    samples: int | None = None,
+    minutes: float = 5.0,
+    by: Criterion = "probe_auroc",
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Train every combination of settings for the same time and rank them by a figure of held-out normals.
+
+    No label and no test image is used. Each trial has one worker; as many run at once as there are cores. Nothing is
+    registered: train the winner with `memmc train --set ...`.
+
+    Args:
+        params: `section.key=value,value,...`.
+        samples: trials to draw from all combinations; all of them when None.
+        minutes: of training per trial.
+        by: the figure that ranks.
+
+    Raises:
+        UsageError: the parameters cannot be varied.
+        DataError: no normal images, or too few to keep back.
+        TrainingError: no trial ended well.
+    """
+    progress = progress or Silent()
+    check_cohort(cohort)
+    home, lake = home_directory(), Lake(config.lake.uri)
+    chosen = combinations(params, samples, config.train.seed)
+    configs = [trial_config(config, settings, minutes) for settings in chosen]
+    version = lake.version("instances")
+    rows, held_out = keep_back(normals(lake, cohort, "train", version), configs[0].train.validate_share)
+    jobs = [training_job(one, cohort, version, rows) for one in configs]
+    tracking = tracking_of(config, home)
+    name = f"sweep-{cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    tags = {"cohort": cohort, "dataset_version": str(version)}
+    parent = tracking.start_run(f"memmc/{cohort}", name, tags=tags, params={"by": by, "minutes": minutes})
+    children = [
+        tracking.start_run(
+            f"memmc/{cohort}", f"{name}-{number}", tags=tags | {"mlflow.parentRunId": parent}, params=settings
+        )
+        for number, settings in enumerate(chosen)
+    ]
+    progress.message(f"{len(chosen)} trials of {minutes:g} min, {len(rows)} images, {len(held_out)} held out")
+    progress.stage("sweep", 1.0)
+    status = "FAILED"
+    try:
+        with ray_cluster(config, home) as ray:
+            require_cpus(ray, 1, use_gpu=False)
+            files = lake.files("instances", version, {"outcome": "stored", "split": "train", "cohort": cohort})
+            sources = [
+                ShardSource.open(ray, lake.storage, "instances", files, [r["object_key"] for r in part], cached=True)
+                for part in (rows, held_out)
+            ]
+            look_at = CachedFeed(sources[1].tables(), len(held_out), 1, 0, 0).images_NHWC
+            at_once = max(1, min(len(jobs), (tasks_at_once(config) or int(ray.cluster_resources()["CPU"]))))
+            filesystem, root = lake.storage.arrow_filesystem()
+            recorder = _recorder(tracking, children, progress, len(jobs))
+            results = _tune(jobs, sources[0], look_at, at_once, name, (filesystem, f"{root}/sweeps"), recorder)
+        status = "FINISHED"
+    finally:
+        tracking.end_run(parent, status)
+    trials = [_trial(chosen[n], children[n], results.get(n)) for n in range(len(chosen))]
+    ranked = sorted(trials, key=lambda trial: _rank(trial, by))
+    if ranked[0].failure:
+        raise TrainingError(f"no trial of sweep {name} ended well; the first failed with {ranked[0].failure}")
+    return SweepResult(name, cohort, by, ranked)
+
+
+def _tune(
+    jobs: list[Any], source: Any, look_at: Any, at_once: int, name: str, storage: tuple[Any, str], recorder: Any
+) -> dict[int, dict[str, Any]]:
+    """Return the last report of each trial, and under `failure` what ended it early."""
+    import os
+
+    from ray import tune
+
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    trainable = tune.with_parameters(run_trial, jobs=jobs, source=source, look_at=look_at, threads=threads)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"cpu": 1}),
+        param_space={NUMBER: tune.grid_search(list(range(len(jobs))))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
+        run_config=tune.RunConfig(
+            name=name, storage_filesystem=storage[0], storage_path=storage[1], verbose=0, callbacks=[recorder]
+        ),
+    )
+    found: dict[int, dict[str, Any]] = {}
+    for result in tuner.fit():
+        report = dict(result.metrics or {})
+        number = int((result.config or {})[NUMBER])
+        found[number] = report | ({"failure": type(result.error).__name__} if result.error else {})
+    return found
+
+
+def _recorder(tracking: Tracking, children: list[str], progress: Progress, count: int) -> Any:
+    """Return a Tune callback that writes each trial's reports to its own tracked run."""
+    from ray.tune import Callback
+
+    class Recorder(Callback):
+        ended = 0
+
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+        ) -> None:
+            step, figures = int(result["step"]), {key: float(result[key]) for key in _FIGURES if key in result}
+            tracking.log_metrics(children[trial.config[NUMBER]], [(step, figures)])
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            self._end(trial, "FINISHED")
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            self._end(trial, "FAILED")
+
+        def _end(self, trial: Any, status: Literal["FINISHED", "FAILED"]) -> None:
+            self.ended += 1
+            tracking.end_run(children[trial.config[NUMBER]], status)
+            progress.advance(self.ended / count, f"{self.ended} of {count} trials")
+
+    return Recorder()
+
+
+def _trial(settings: dict[str, str], run: str, report: dict[str, Any] | None) -> Trial:
+    report = report or {}
+    complete = "probe_auroc" in report
+    return Trial(
+        settings=settings,
+        run=run,
+        probe_auroc=float(report["probe_auroc"]) if complete else None,
+        val_error=float(report["val_error"]) if complete else None,
+        loss=float(report["loss"]) if complete else None,
+        steps=int(report.get("step", 0)),
+        failure=str(report.get("failure", "" if complete else "no figure")),
+    )
+
+
+def _rank(trial: Trial, by: Criterion) -> tuple[bool, float]:
+    value = trial.probe_auroc if by == "probe_auroc" else trial.val_error
+    if trial.failure or value is None:
+        return True, 0.0
+    return False, -value if by == "probe_auroc" else value
