@@ -18,6 +18,7 @@ from memmc import __version__
 from memmc.cli import erase as erasure
 from memmc.cli import gating, labelling, packaging, privacy, selection, summaries, vault
 from memmc.cli import lake as lake_verbs
+from memmc.cli import sweep as sweeping
 from memmc.cli.options import (
     BoxesOption,
     CohortOption,
@@ -307,6 +308,7 @@ def report(
         run.finish(result, lambda: result.report)
 
 
+app.command(name="sweep")(sweeping.sweep)
 app.command(name="select")(selection.select)
 app.command(name="gate")(gating.gate)
 app.command(name="label")(labelling.label)

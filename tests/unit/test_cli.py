@@ -21,6 +21,7 @@ VERBS = {
     "evaluate",
     "report",
     "select",
+    "sweep",
     "export",
 }
 VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label"}
