@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from memmc import __version__
+from memmc.cli import cohorts, comparing, gating, labelling, mapping, packaging, privacy, selection, summaries, vault
 from memmc.cli import erase as erasure
 from memmc.cli import gating, labelling, packaging, privacy, selection, summaries, vault
 from memmc.cli import lake as lake_verbs
@@ -318,6 +319,7 @@ app.add_typer(lake_verbs.app, name="lake")
 app.command(name="erase")(erasure.erase)
 app.command(name="export")(packaging.export)
 
+app.command(name="maps")(mapping.maps)
 
 def _version(asked: bool) -> None:
     if asked:
