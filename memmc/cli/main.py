@@ -17,7 +17,7 @@ import typer
 from memmc import __version__
 from memmc.cli import cohorts, comparing, gating, labelling, mapping, packaging, privacy, selection, summaries, vault
 from memmc.cli import erase as erasure
-from memmc.cli import gating, labelling, packaging, privacy, selection, summaries, vault
+from memmc.cli import cohorts, gating, labelling, packaging, privacy, selection, summaries, vault
 from memmc.cli import lake as lake_verbs
 from memmc.cli import sweep as sweeping
 from memmc.cli.options import (
@@ -312,6 +312,7 @@ def report(
 app.command(name="sweep")(sweeping.sweep)
 app.command(name="select")(selection.select)
 app.command(name="gate")(gating.gate)
+app.add_typer(cohorts.app, name="cohort")
 app.command(name="label")(labelling.label)
 app.command(name="scan-phi")(privacy.scan_phi)
 app.add_typer(vault.app, name="vault")

@@ -14,6 +14,7 @@ SCORES: Final = "scores"
 CALIBRATIONS: Final = "calibrations"
 LABELS: Final = "labels"
 QUALITY: Final = "quality"
+COHORTS: Final = "cohorts"
 
 
 _TYPES: Final = {
@@ -166,6 +167,7 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "normal_peaks f64s?",  # highest map value of each held-out normal, sorted
     ),
     LABELS: _schema("cohort str", "sop_instance_uid str", "label str", "source str", "labelled_at time"),
+    COHORTS: _schema("name str", "bases strs", "rule str", "created_at time"),  # rule: JSON, column -> allowed values
     QUALITY: _schema(
         "cohort str",
         "sop_instance_uid str",
@@ -173,7 +175,7 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "flags strs",  # QC_* codes of `memmc.quality`; an empty list passes
         "perceptual_hash str",  # 64 bits as 16 hex digits
         "thumbnail bytes",  # uint8, square, C order
-        "gate_id str",  # names the rules and the reference
+        "gate_id str",  # names the rules
         "run str",
         "gated_at time",
     ),

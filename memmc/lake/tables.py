@@ -27,6 +27,7 @@ from memmc.lake.files import DataFile, Filter, Value, read_file, select_rows, va
 from memmc.lake.schemas import INSTANCES, LABELS, PARTITION_BY, SCHEMAS, schema_of
 from memmc.lake.shards import BULK_COLUMNS, ShardFile, lineage_of
 from memmc.lake.storage import Storage
+from memmc.lake.views import expand
 from memmc.s3 import AbsentError
 
 if TYPE_CHECKING:
@@ -189,13 +190,20 @@ class Lake:
         Raises:
             DataError: no such table or version.
         """
+        return self._files(table, version, self.where(table, partitions or {}))
+
+    def where(self, table: str, filter: Filter) -> dict[str, Any]:
+        """Return a filter in which the name of a view has become what it stands for; see `memmc.lake.views`."""
+        return expand(self, table, filter)
+
+    def _files(self, table: str, version: int | None, partitions: Filter) -> list[DataFile]:
         delta = self._open(table, version)
         actions = _actions(table, delta)
         if version is not None:
             newest = {lineage_of(action["path"]): action for action in _actions(table, self._open(table))}
             actions = [newest.get(lineage_of(action["path"]), action) for action in actions]
         by = PARTITION_BY.get(table, ())
-        where = {name: values(value) for name, value in (partitions or {}).items()}
+        where = {name: values(value) for name, value in partitions.items()}
         found: list[DataFile] = []
         for action in actions:
             partition = {name: action[f"partition.{name}"] for name in by}
@@ -228,7 +236,7 @@ class Lake:
         """
         schema = schema_of(table)
         wanted = [name for name in schema.names if name not in BULK_COLUMNS] if columns is None else list(columns)
-        where = dict(filter or {})
+        where = self.where(table, filter or {})
         unknown = sorted({*wanted, *where} - set(schema.names))
         if unknown:
             raise DataError(f"table '{table}' has no columns {unknown}; its columns are {schema.names}")
@@ -248,7 +256,7 @@ class Lake:
             return select_rows(rows, where)
 
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            parts = list(pool.map(load_file, self.files(table, version, where)))
+            parts = list(pool.map(load_file, self._files(table, version, where)))
         return pa.concat_tables([empty, *parts]).select(wanted)
 
     def history(self, table: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -268,7 +276,7 @@ class Lake:
         """
         schema = SCHEMAS[INSTANCES]
         wanted = [name for name in schema.names if name not in BULK_COLUMNS] if columns is None else list(columns)
-        where = dict(filter or {})
+        where = expand(self, INSTANCES, filter or {}, labels=True)
         label_filter = {"label": where.pop("label")} if "label" in where else {}
         load = [*wanted, *(name for name in ("cohort", "sop_instance_uid", "label") if name not in wanted)]
         rows = self.read(INSTANCES, load, version, where)

@@ -40,7 +40,7 @@ def read_pixels(
     wanted = set(order)
     found: dict[str, npt.NDArray[Any]] = {}
     columns = ["sop_instance_uid", *PIXEL_COLUMNS]
-    where: dict[str, Any] = {"cohort": cohort}
+    where = lake.where("instances", {"cohort": cohort})
     for file in lake.files("instances", version, {"outcome": "stored", "cohort": cohort}):
         for rows in read_rows(lake.storage, "instances", file, columns, where):
             chosen = rows.filter(pc.field("sop_instance_uid").isin(sorted(wanted)))

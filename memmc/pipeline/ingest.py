@@ -20,6 +20,7 @@ from memmc.dicom.deidentify import key_id, object_key
 from memmc.errors import StorageError, UsageError
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease
+from memmc.lake.views import refuse_view
 from memmc.pipeline.cluster import ray_cluster, tasks_at_once
 from memmc.pipeline.convert_chunk import (
     IngestJob,
@@ -173,6 +174,7 @@ def plan(
     vault, vault_key = vault_of(config) or (None, None)
     place = open_source(source, config.source, os.environ)
     lake = Lake(config.lake.uri)
+    refuse_view(lake, cohort)
     lake.check_key_id(key_id(key))
     labels = read_labels(label, labels_file, key)
     progress.stage("list")

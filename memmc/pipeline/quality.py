@@ -24,6 +24,7 @@ from memmc.lake.files import DataFile
 from memmc.lake.schemas import INSTANCES, QUALITY, SCHEMAS
 from memmc.lake.stream import PIXEL_COLUMNS, pixels_to_array, read_rows, stream
 from memmc.lake.tables import Lake
+from memmc.lake.views import find_view
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.ingest import check_cohort
@@ -62,7 +63,8 @@ def preview(config: Config, cohort: str) -> PlanResult:
 def gate(config: Config, cohort: str, *, reference: str | None = None, progress: Progress | None = None) -> GateResult:
     """Flag what should not be learned from: broken, turned, foreign and copied images of a cohort.
 
-    Does nothing when every stored instance has been gated by the rules as they are.
+    Does nothing when every stored instance has been gated by the rules as they are. The cohorts of a view are gated
+    each against its own normals, so that an instance has one verdict whatever views it is in.
 
     Args:
         reference: a gated cohort whose normals show what images should look like where this one has too few of its
@@ -74,6 +76,25 @@ def gate(config: Config, cohort: str, *, reference: str | None = None, progress:
     check_cohort(cohort)
     progress = progress or Silent()
     lake = Lake(config.lake.uri)
+    view = find_view(lake, cohort)
+    gated = sum(_gate(config, lake, base, reference, progress) for base in (view.bases if view else (cohort,)))
+    rows = _stored(lake, cohort)
+    flagged = flags_of(lake, cohort)
+    kept = {row["sop_instance_uid"] for row in rows}
+    counts = Counter(code for uid, flags in flagged.items() if uid in kept for code in flags)
+    return GateResult(
+        cohort=cohort,
+        instances=len(rows),
+        gated=gated,
+        flagged=len(flagged.keys() & kept),
+        flags=dict(sorted(counts.items())),
+        gate_id=gate_id(config.quality),
+        version=lake.version(QUALITY),
+    )
+
+
+def _gate(config: Config, lake: Lake, cohort: str, reference: str | None, progress: Progress) -> int:
+    """Gate one ingested cohort; return how many instances were looked at."""
     rows = _stored(lake, cohort)
     identifier = gate_id(config.quality)
     missing = _missing(rows, _verdicts(lake, cohort, ["sop_instance_uid", "gated_at", "gate_id"]), identifier)
@@ -90,18 +111,7 @@ def gate(config: Config, cohort: str, *, reference: str | None = None, progress:
             if row["sop_instance_uid"] in missing or tuple(known[row["sop_instance_uid"]]["flags"]) != flags
         ]
         _commit(lake, cohort, identifier, new)
-    flagged = flags_of(lake, cohort)
-    kept = {row["sop_instance_uid"] for row in rows}
-    counts = Counter(code for uid, flags in flagged.items() if uid in kept for code in flags)
-    return GateResult(
-        cohort=cohort,
-        instances=len(rows),
-        gated=len(missing),
-        flagged=len(flagged.keys() & kept),
-        flags=dict(sorted(counts.items())),
-        gate_id=identifier,
-        version=lake.version(QUALITY),
-    )
+    return len(missing)
 
 
 def gate_id(rules: QualityConfig) -> str:

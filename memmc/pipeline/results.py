@@ -152,6 +152,26 @@ class LabelResult(Result):
 
 
 @dataclass(frozen=True)
+class CohortResult(Result):
+    """A cohort, or a view with its `bases` and `rule`: its stored instances, and their counts by attribute."""
+
+    cohort: str
+    bases: list[str]
+    rule: dict[str, list[str]]
+    created_at: str
+    instances: int
+    patients: int
+    counts: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class CohortsResult(Result):
+    """All cohorts and views, each as a `CohortResult` without counts by attribute."""
+
+    cohorts: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class GateResult(Result):
     """Account of the quality gate: of `instances`, `gated` were looked at now; `flagged` are kept out, by code."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +18,7 @@ from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.stream import stream
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease
+from memmc.lake.views import find_view, members
 from memmc.pipeline.calibrate import has_gpu
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
@@ -40,15 +42,15 @@ def preview(
     lake = Lake(config.lake.uri)
     opened = open_model(config, home_directory(), model)
     calibration = newest_calibration(lake, opened)
-    plan = plan_scores(lake, cohort, _ledger(lake, cohort, opened, calibration), since, limit)
-    return PlanResult(
-        {
-            "instances": plan.stored,
-            "already scored": plan.scored,
-            "to score": plan.to_score,
-            "rows that say why there is no score": plan.not_scored.num_rows,
-        }
-    )
+    counts = Counter[str]()
+    for base, only in _shares(lake, cohort):
+        left = None if limit is None else limit - counts["to score"]
+        plan = plan_scores(lake, base, _ledger(lake, base, opened, calibration), since, left, only)
+        counts["instances"] += plan.stored
+        counts["already scored"] += plan.scored
+        counts["to score"] += plan.to_score
+        counts["rows that say why there is no score"] += plan.not_scored.num_rows
+    return PlanResult(dict(counts))
 
 
 def score(
@@ -66,7 +68,8 @@ def score(
     instance one score (`score_ledger`).
 
     Args:
-        cohort: whose instances.
+        cohort: whose instances. Those of a view are scored as what they are, instances of the cohorts it is made of, so
+            that none is scored again under another name.
         model: the champion when absent.
         since: a date or a version of `instances`; see `score_plan.plan_scores`.
         limit: at most so many instances.
@@ -83,29 +86,60 @@ def score(
     lake = Lake(config.lake.uri)
     opened = open_model(config, home, model)
     calibration = newest_calibration(lake, opened)
-    ledger = _ledger(lake, cohort, opened, calibration)
-    plan = plan_scores(lake, cohort, ledger, since, limit)
-    opened.require({str(plan.preparation["preprocess_id"])})
-    run = _Run(config, lake, opened, calibration, cohort, plan, ledger, progress)
-    with lease(lake, run.name):
-        run.explain()
-        if plan.units:
-            with ray_cluster(config, home, training=False) as ray:
-                progress.stage("score", plan.to_score)
-                run.score(ray)
+    done: list[_Run] = []
+    for base, only in _shares(lake, cohort):
+        left = None if limit is None else limit - sum(run.scored for run in done)
+        ledger = _ledger(lake, base, opened, calibration)
+        plan = plan_scores(lake, base, ledger, since, left, only)
+        opened.require({str(plan.preparation["preprocess_id"])})
+        run = _Run(config, lake, opened, calibration, base, plan, ledger, progress, only)
+        done.append(run)
+        with lease(lake, run.name):
+            run.explain()
+            if plan.units:
+                with ray_cluster(config, home, training=False) as ray:
+                    progress.stage("score", plan.to_score)
+                    run.score(ray)
+    return _result(lake, cohort, opened, calibration, done, time.monotonic() - began)
+
+
+def _shares(lake: Lake, cohort: str) -> list[tuple[str, frozenset[str] | None]]:
+    """Return the ingested cohorts behind a name, each with the SOP Instance UIDs that are meant, None for all.
+
+    Raises:
+        DataError: a view in which nothing is stored any more.
+    """
+    view = find_view(lake, cohort)
+    if view is None:
+        return [(cohort, None)]
+    found = members(lake, view)
+    shares = [(base, frozenset(uid for uid, of in found.items() if of == base)) for base in view.bases]
+    if not found:
+        raise DataError(f"nothing that is stored fits the rule of view '{cohort}'; see `memmc cohort show {cohort}`")
+    return [(base, uids) for base, uids in shares if uids]
+
+
+def _result(
+    lake: Lake, cohort: str, opened: OpenModel, calibration: dict[str, Any], done: list[_Run], seconds: float
+) -> ScoreResult:
+    """Return the account of the runs of one call, one run per ingested cohort."""
     return ScoreResult(
         model=opened.ref,
         calibration_id=calibration["calibration_id"],
         cohort=cohort,
-        instances=plan.stored,
-        scored=run.scored,
-        already_scored=plan.scored,
-        abnormal=ledger.abnormal,
+        instances=sum(run.plan.stored for run in done),
+        scored=sum(run.scored for run in done),
+        already_scored=sum(run.plan.scored for run in done),
+        abnormal=sum(run.ledger.abnormal_among(run.only) for run in done),
         version=lake.version(SCORES) if lake.exists(SCORES) else -1,
-        seconds=round(time.monotonic() - began, 2),
-        images_per_second=round(run.rate, 1),
-        not_scored=len(ledger.not_scored - ledger.scored),
+        seconds=round(seconds, 2),
+        images_per_second=round(max(run.rate for run in done), 1),
+        not_scored=sum(len(_of(run.ledger.not_scored - run.ledger.scored, run.only)) for run in done),
     )
+
+
+def _of(uids: set[str], only: frozenset[str] | None) -> set[str]:
+    return uids if only is None else uids & only
 
 
 def _ledger(lake: Lake, cohort: str, model: OpenModel, calibration: dict[str, Any]) -> ScoreLedger:
@@ -124,6 +158,7 @@ class _Run:
     plan: ScorePlan
     ledger: ScoreLedger
     progress: Progress
+    only: frozenset[str] | None = None
     scored: int = 0
     rate: float = 0.0
     _step: int = 0
@@ -190,7 +225,7 @@ class _Run:
         keys = [key for unit in leg for key in unit.keys.to_pylist()]
         if not self.ledger.refresh():
             return keys
-        fresh = plan_scores(self.lake, self.cohort, self.ledger)
+        fresh = plan_scores(self.lake, self.cohort, self.ledger, only=self.only)
         missing = {key for unit in fresh.units for key in unit.keys.to_pylist()}
         left = [key for key in keys if key in missing]
         self._tell(len(keys) - len(left))

@@ -8,7 +8,7 @@ one score per instance: a row is either part of a commit or of nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -39,13 +39,22 @@ class ScoreLedger:
     def __init__(self, lake: Lake, cohort: str, model_digest: str, calibration_id: str) -> None:
         self.scored: set[str] = set()
         self.not_scored: set[str] = set()
-        self.abnormal = 0
+        self._abnormal: set[str] = set()
         self._lake = lake
         self._where = {"cohort": cohort, "model_digest": model_digest, "calibration_id": calibration_id}
         self._turn_name = f"score {cohort} {model_digest} {calibration_id}"
         self._turn = -1
         self._seen: set[str] = set()
         self.refresh()
+
+    @property
+    def abnormal(self) -> int:
+        """Number of instances scored as abnormal."""
+        return len(self._abnormal)
+
+    def abnormal_among(self, uids: Collection[str] | None) -> int:
+        """Return how many of the instances are scored as abnormal; of all when None."""
+        return len(self._abnormal if uids is None else self._abnormal.intersection(uids))
 
     def refresh(self) -> bool:
         """Read what has been committed since; return whether another run committed."""
@@ -107,7 +116,8 @@ class ScoreLedger:
                 self.not_scored.add(uid)
             elif uid not in self.scored:  # a compacted shard brings rows that are known
                 self.scored.add(uid)
-                self.abnormal += bool(abnormal)
+                if abnormal:
+                    self._abnormal.add(uid)
 
     def _rows_of(self, file: DataFile) -> pa.Table:
         columns = ["sop_instance_uid", "not_scored", "is_abnormal", *self._where]

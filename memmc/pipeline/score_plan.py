@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -59,11 +60,17 @@ class ScorePlan:
 
 
 def plan_scores(
-    lake: Lake, cohort: str, ledger: ScoreLedger, since: str | None = None, limit: int | None = None
+    lake: Lake,
+    cohort: str,
+    ledger: ScoreLedger,
+    since: str | None = None,
+    limit: int | None = None,
+    only: Collection[str] | None = None,
 ) -> ScorePlan:
     """Return what is to be done for a cohort.
 
     Args:
+        only: SOP Instance UIDs of a view's share of the cohort; None for all of it.
         ledger: what has been done.
         since: only instances ingested at or after a date (``2026-01-31``, UTC, or a whole ISO 8601 time), or after a
             version of `instances` (a number).
@@ -82,9 +89,13 @@ def plan_scores(
     kinds: set[tuple[Any, ...]] = set()
     stored = scored = 0
     left = limit
-    where: Filter = {"cohort": cohort, "outcome": "stored"}
+    where: Filter = {"cohort": cohort, "outcome": "stored", **({} if only is None else {"sop_instance_uid": only})}
     for file in lake.files(INSTANCES, version, where):
-        rows = _newer(select_rows(read_file(lake.storage, INSTANCES, file, [*columns, *where]), where), moment, older)
+        rows = _newer(
+            select_rows(read_file(lake.storage, INSTANCES, file, list(dict.fromkeys([*columns, *where]))), where),
+            moment,
+            older,
+        )
         kinds |= {tuple(row.values()) for row in rows.select(_KINDS).group_by(_KINDS).aggregate([]).to_pylist()}
         stored += rows.num_rows
         missing = rows.filter(_not_in(rows["sop_instance_uid"], done))
@@ -101,6 +112,8 @@ def plan_scores(
         )
     preparation = one_preparation([dict(zip(_KINDS, kind, strict=True)) for kind in kinds])
     reasons = _reasons(lake, cohort, version, ledger, flagged, moment, older)
+    if only is not None:
+        reasons = reasons.filter(pc.call_function("is_in", [reasons["sop_instance_uid"]], _set(only)))
     return ScorePlan(version, preparation, stored, scored, tuple(units), reasons)
 
 
@@ -158,6 +171,10 @@ def _newer(rows: pa.Table, moment: datetime | None, older: pa.Array | None) -> p
         limit = pa.scalar(moment, pa.timestamp("us", tz="UTC"))
         return rows.filter(pc.call_function("greater_equal", [rows["ingested_at"], limit]))
     return rows
+
+
+def _set(uids: Collection[str]) -> pc.SetLookupOptions:
+    return pc.SetLookupOptions(value_set=pa.array(list(uids), pa.string()))
 
 
 def _not_in(column: Any, values: pa.Array) -> Any:
