@@ -17,7 +17,6 @@ import typer
 from memmc import __version__
 from memmc.cli import cohorts, comparing, gating, labelling, mapping, packaging, privacy, selection, summaries, vault
 from memmc.cli import erase as erasure
-from memmc.cli import cohorts, gating, labelling, packaging, privacy, selection, summaries, vault
 from memmc.cli import lake as lake_verbs
 from memmc.cli import sweep as sweeping
 from memmc.cli.options import (
@@ -311,6 +310,7 @@ def report(
 
 app.command(name="sweep")(sweeping.sweep)
 app.command(name="select")(selection.select)
+app.command(name="compare")(comparing.compare)
 app.command(name="gate")(gating.gate)
 app.add_typer(cohorts.app, name="cohort")
 app.command(name="label")(labelling.label)
@@ -319,8 +319,8 @@ app.add_typer(vault.app, name="vault")
 app.add_typer(lake_verbs.app, name="lake")
 app.command(name="erase")(erasure.erase)
 app.command(name="export")(packaging.export)
-
 app.command(name="maps")(mapping.maps)
+
 
 def _version(asked: bool) -> None:
     if asked:

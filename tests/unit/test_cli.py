@@ -24,7 +24,7 @@ VERBS = {
     "sweep",
     "export",
 }
-VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label", "maps"}
+VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label", "maps", "cohort"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
