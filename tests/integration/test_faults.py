@@ -17,9 +17,11 @@ import pytest
 from memmc.config import load_config
 from memmc.lake.tables import Lake
 from memmc.pipeline.ingest import ingest
+from memmc.pipeline.models import open_model, tracking_of
 from memmc.pipeline.progress import Silent
 from memmc.pipeline.runs import unfinished
 from memmc.pipeline.train import train
+from memmc.registry.models import all_versions
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +68,9 @@ def test_an_ingest_killed_half_way_leaves_no_trace_and_the_next_completes(inside
     assert len(stored) == len(set(stored))
 
 
+_LOOKED = ("val_error", "probe_auroc", "memory/mass/layer1", "gate/level1", "ablation/error_without_memory")
+
+
 def _checkpoints(lake: Path) -> str:
     """What a restart would find: files alone do not count, the snapshot must name them."""
     snapshots = (lake / "training").glob("*/checkpoint_manager_snapshot.json")
@@ -93,14 +98,26 @@ class _HitsAWorker(Silent):
 
 
 def test_training_goes_on_from_its_checkpoint_when_a_worker_is_killed(inside, tmp_path, monkeypatch):
-    """In a copy of the lake with a registry of its own, so that the other tests see one model."""
+    """In a copy of the lake with a registry of its own, so that the other tests see one model.
+
+    The images are streamed from the shards, the number of workers is elastic, the best average is kept.
+    """
     shutil.copytree("lake/instances", tmp_path / "lake" / "instances")
     monkeypatch.chdir(tmp_path)
     watcher = _HitsAWorker(Path("lake"), signal.SIGKILL)
     config = inside.config.model_copy(
         update={
             "train": inside.config.train.model_copy(
-                update={"max_steps": 120, "max_minutes": 3.0, "checkpoint_seconds": 2.0}
+                update={
+                    "max_steps": 120,
+                    "max_minutes": 5.0,
+                    "checkpoint_seconds": 2.0,
+                    "min_workers": 1,
+                    "cache_bytes": 0,
+                    "validate_share": 0.3,
+                    "select": "val_error",
+                    "look_seconds": 5.0,
+                }
             )
         }
     )
@@ -109,6 +126,13 @@ def test_training_goes_on_from_its_checkpoint_when_a_worker_is_killed(inside, tm
     assert result.steps == 120
     restarts = [b for a, b in zip(watcher.steps, watcher.steps[1:], strict=False) if b <= a]
     assert all(step > 8 for step in restarts), "the run began again instead of resuming"
+    tracking = tracking_of(config, tmp_path / ".memmc")
+    (version,) = all_versions(tracking)
+    history = {name: tracking.metric_history(version.run_id, name) for name in _LOOKED}
+    assert all(values for values in history.values()), history
+    best_step, best = min(history["val_error"], key=lambda point: point[1])
+    assert open_model(config, tmp_path / ".memmc", result.model).info["steps"] == best_step
+    assert best < history["val_error"][0][1] or len(history["val_error"]) == 1
 
 
 def test_a_killed_driver_is_followed_by_one_that_goes_on_and_a_stopped_worker_is_noticed(
