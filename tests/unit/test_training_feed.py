@@ -12,10 +12,14 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lake_rows import instance_rows
 
 from memmc.errors import IntegrityError, TrainingError
+from memmc.lake.stream import PIXEL_COLUMNS, read_rows
+from memmc.lake.tables import Lake
 from memmc.training.feed import Batch, CachedFeed, Feed, StreamedFeed
 from memmc.training.order import Position, whole_shuffle, window_shuffle
+from memmc.training.source import _count
 from memmc.training.watchdog import Watchdog
 
 SIDE = 4
@@ -160,3 +164,28 @@ def test_watchdog_barks_at_silence_alone() -> None:
     assert silent.is_set()
     assert not beaten.is_set()
     assert not unborn.is_set(), "the first step may take as long as it takes"
+
+
+def test_real_shards_are_counted_and_streamed_in_their_order(tmp_path) -> None:
+    """The rows that have a key, of every shard of a lake, through the reader that the read tasks use."""
+    lake = Lake(tmp_path)
+    for start in (0, 12, 24):
+        lake.append("instances", instance_rows(start, 12))
+    files = lake.files("instances", None, {"outcome": "stored"})
+    stored = [key for row in lake.read("instances", ["object_key", "outcome"], filter={"outcome": "stored"}).to_pylist()
+              if (key := row["object_key"])]  # fmt: skip
+    keys = pa.array(stored[:-1])
+    counts = [_count(lake.storage, "instances", file, keys) for file in files]
+    assert sum(counts) == len(stored) - 1
+    columns = ("sop_instance_uid", *PIXEL_COLUMNS)
+
+    def tables(numbers: Sequence[int]) -> Iterator[pa.Table]:
+        for number in numbers:
+            yield from read_rows(lake.storage, "instances", files[number], columns, keys=keys)
+
+    stream = StreamedFeed(tables, counts, 1, 0, 0)(Position(0, ((0, 1),)))
+    batches = list(itertools.islice(stream, len(keys)))
+    assert len({batch.uids[0] for batch in batches}) == len(keys)
+    assert all(batch.pixels.shape == (1, 4, 4, 1) for batch in batches)
+    assert all(int(batch.uids[0].removeprefix("uid")) % 256 == batch.pixels[0, 0, 0, 0] for batch in batches)
+    stream.close()
