@@ -320,6 +320,7 @@ app.add_typer(lake_verbs.app, name="lake")
 app.command(name="erase")(erasure.erase)
 app.command(name="export")(packaging.export)
 app.command(name="maps")(mapping.maps)
+app.command(name="explain")(mapping.explain)
 
 
 def _version(asked: bool) -> None:

@@ -15,6 +15,7 @@ CALIBRATIONS: Final = "calibrations"
 LABELS: Final = "labels"
 QUALITY: Final = "quality"
 COHORTS: Final = "cohorts"
+PATCHES: Final = "patches"
 
 
 _TYPES: Final = {
@@ -178,6 +179,16 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "gate_id str",  # names the rules
         "run str",
         "gated_at time",
+    ),
+    PATCHES: _schema(
+        "cohort str",
+        "sop_instance_uid str",
+        "patient_key str",
+        "model_digest str",
+        "features bytes",  # float16 little-endian, num_patches x width, each patch of unit length
+        "num_patches i32",
+        "width i32",
+        "made_at time",
     ),
 }
 """Arrow schema of each table."""

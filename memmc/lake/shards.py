@@ -25,7 +25,7 @@ from memmc.lake.storage import Storage
 
 ROW_GROUP_BYTES = 32 << 20
 TAIL_BYTES = 64 << 10
-BULK_COLUMNS = frozenset({"pixels", "anomaly_map", "uncertainty_map", "thumbnail"})
+BULK_COLUMNS = frozenset({"pixels", "anomaly_map", "uncertainty_map", "thumbnail", "features"})
 """Columns of image size; never read unless named."""
 
 _STATISTICS_COLUMNS = ("cohort", "model", "ingest_run", "run")

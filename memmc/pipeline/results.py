@@ -203,6 +203,44 @@ class ExportResult(Result):
 
 
 @dataclass(frozen=True)
+class MapsResult(Result):
+    """Where the pictures lie."""
+
+    folder: str
+    cohort: str
+    model: str
+    pictures: int
+
+
+@dataclass(frozen=True)
+class WhyResult(Result):
+    """What stands behind one score.
+
+    Attributes:
+        region: the highest one, as in `scores.regions`; None where the map shows none.
+        patch: row and column, from 0, of the patch that is compared: the highest of the region, or of the map.
+        memory: slots that the region's tokens attend to most, beside the attention of all tokens.
+        nearest: patches of training normals most like it.
+        scales: parts of the score, by scale of the residual; they sum to 1.
+        levels: mean gate of each encoder level in the decoder.
+    """
+
+    sop_instance_uid: str
+    cohort: str
+    model: str
+    calibration_id: str
+    anomaly_score: float
+    p_value: float
+    is_abnormal: bool
+    region: dict[str, Any] | None
+    patch: dict[str, int]
+    memory: list[dict[str, Any]]
+    nearest: list[dict[str, Any]]
+    scales: list[dict[str, Any]]
+    levels: list[float]
+
+
+@dataclass(frozen=True)
 class PackageResult(Result):
     """An exported model; differences are shares of the score scale, by file."""
 

@@ -1,0 +1,145 @@
+"""Why: what stands behind the score of one scan, as data and as a picture."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memmc.config import Config
+from memmc.errors import DataError, StorageError
+from memmc.lake.tables import Lake
+from memmc.pipeline.identity import home_directory
+from memmc.pipeline.images import read_images
+from memmc.pipeline.models import open_model
+from memmc.pipeline.patch_index import patch_index, position
+from memmc.pipeline.progress import Progress, Silent
+from memmc.pipeline.results import WhyResult
+from memmc.pipeline.select import newest_calibration, score_rows
+from memmc.scoring.maps import decode_map
+
+
+@dataclass(frozen=True)
+class Place:
+    """Patches of an image: true in `mask_L`; `peak_patch` holds the highest mean map value among them."""
+
+    mask_L: NDArray[np.bool_]
+    peak_patch: int
+
+
+def why(
+    config: Config,
+    cohort: str,
+    uid: str,
+    model: str | None = None,
+    *,
+    picture: Path | None = None,
+    progress: Progress | None = None,
+) -> WhyResult:
+    """Explain the score of one instance: its highest region, or the peak of its map where there is none.
+
+    The first call for a model makes the index of patches of its training normals, in the lake's table `patches`.
+
+    Args:
+        uid: pseudonymous SOP Instance UID.
+        picture: PNG to write.
+
+    Raises:
+        DataError: the instance has no score of the model's newest calibration.
+        StorageError: the picture cannot be written.
+    """
+    import torch
+
+    from memmc.model.artifact import load_model
+    from memmc.model.memory_usage import gate_means
+    from memmc.scoring.exported import ids_for
+    from memmc.scoring.masks import reconstruct
+    from memmc.scoring.scorer import scorer_from_bytes
+    from memmc.scoring.why import patch_features, scale_shares, slot_uses
+
+    progress = progress or Silent()
+    lake = Lake(config.lake.uri)
+    opened = open_model(config, home_directory(), model)
+    calibration = newest_calibration(lake, opened)
+    columns = ("anomaly_map", "map_height", "map_width", "regions")
+    scored = score_rows(lake, cohort, opened, calibration["calibration_id"], columns).get(uid)
+    if scored is None:
+        raise DataError(f"that instance has no score of {opened.ref} in cohort '{cohort}'; run `memmc score` first")
+    index = patch_index(lake, opened, progress)
+    progress.stage("explain")
+    loaded = load_model(opened.folder)
+    anomaly_map = decode_map(scored["anomaly_map"], scored["map_height"], scored["map_width"])
+    regions = scored["regions"] or []
+    place = place_of(anomaly_map, regions[0] if regions else None, loaded.model.patch_size)
+    ids = torch.from_numpy(ids_for(loaded, [uid], calibration["passes"] or config.score.passes))
+    image_HWC = read_images(lake, cohort, [uid])[0]
+    images = torch.from_numpy(image_HWC[None]).permute(0, 3, 1, 2).contiguous()
+    mean, std = loaded.info.pixel_mean, loaded.info.pixel_std
+    standardised = (images - mean) / std
+    reconstruction = reconstruct(loaded.model, standardised, ids).rescale(mean, std)
+    scorer = scorer_from_bytes(calibration["scorer_state"])
+    shares = scale_shares(scorer, scorer.features(images, reconstruction), images.shape[2])
+    features_LD = patch_features(loaded.model, standardised, ids)[0].numpy()
+    patch = place.peak_patch
+    result = WhyResult(
+        sop_instance_uid=uid,
+        cohort=cohort,
+        model=opened.ref,
+        calibration_id=calibration["calibration_id"],
+        anomaly_score=scored["anomaly_score"],
+        p_value=scored["p_value"],
+        is_abnormal=scored["is_abnormal"],
+        region=regions[0] if regions else None,
+        patch=position(patch, loaded.model.num_patches),
+        memory=[
+            asdict(use) for use in slot_uses(loaded.model, standardised[0], ids[0], torch.from_numpy(place.mask_L))
+        ],
+        nearest=index.nearest(features_LD[patch]),
+        scales=[asdict(share) for share in shares],
+        levels=gate_means(loaded.model, standardised.expand(len(ids[0]), -1, -1, -1), ids[0]),
+    )
+    if picture is not None:
+        from memmc.evaluation.why_figure import why_png
+
+        neighbours = read_images(lake, opened.cohort, [item["sop_instance_uid"] for item in result.nearest])
+        expected = reconstruction.mean_BCHW[0].mean(0).numpy()
+        page = why_png(
+            result.as_dict(),
+            image_HWC.mean(-1),
+            expected,
+            anomaly_map,
+            calibration["map_scale"],
+            [item.mean(-1) for item in neighbours],
+            loaded.model.patch_size,
+        )
+        try:
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.write_bytes(page)
+        except OSError as error:
+            raise StorageError(f"the picture cannot be written ({error.strerror}); check --out") from None
+    return result
+
+
+def place_of(anomaly_map_HW: NDArray[np.floating], region: dict[str, Any] | None, patch_size: int) -> Place:
+    """Return the patches a region's box touches; without one, the patch with the highest mean map value alone.
+
+    Args:
+        anomaly_map_HW: of the model's image size.
+        region: as in `scores.regions`.
+        patch_size: px.
+    """
+    rows, columns = (size // patch_size for size in anomaly_map_HW.shape)
+    mean_RC = anomaly_map_HW.reshape(rows, patch_size, columns, patch_size).mean((1, 3))
+    inside_RC = np.zeros((rows, columns), bool)
+    if region is None:
+        inside_RC[np.unravel_index(int(mean_RC.argmax()), mean_RC.shape)] = True
+    else:
+        top, left = region["y_px"] // patch_size, region["x_px"] // patch_size
+        bottom = -(-(region["y_px"] + region["height_px"]) // patch_size)
+        right = -(-(region["x_px"] + region["width_px"]) // patch_size)
+        inside_RC[top:bottom, left:right] = True
+    peak = int(np.where(inside_RC, mean_RC, -np.inf).argmax())
+    return Place(inside_RC.ravel(), peak)

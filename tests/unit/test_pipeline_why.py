@@ -1,0 +1,114 @@
+"""The place that is explained, the index that is searched, the picture that is read."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import scored_model
+from PIL import Image
+
+from memmc.evaluation.why_figure import surroundings, why_png
+from memmc.lake.erasure import is_of_patients
+from memmc.lake.schemas import CALIBRATIONS, PATCHES
+from memmc.pipeline.maps import framed, read_uids
+from memmc.pipeline.patch_index import PatchIndex, position
+from memmc.pipeline.why import place_of
+
+
+def test_a_region_covers_the_patches_its_box_touches():
+    anomaly_map = np.zeros((32, 32))
+    anomaly_map[9:15, 17:24] = 1.0
+    anomaly_map[16:18, 24] = 9.0
+    region = {"x_px": 17, "y_px": 9, "width_px": 8, "height_px": 9}
+    place = place_of(anomaly_map, region, 8)
+    assert sorted(np.flatnonzero(place.mask_L)) == [6, 7, 10, 11]
+    assert place.peak_patch == 6
+    alone = place_of(anomaly_map, None, 8)
+    assert np.flatnonzero(alone.mask_L).tolist() == [6]
+
+
+def test_a_peak_outside_the_region_is_not_the_regions_patch():
+    anomaly_map = np.zeros((32, 32))
+    anomaly_map[:8, :8] = 5.0
+    anomaly_map[24:, 24:] = 2.0
+    place = place_of(anomaly_map, {"x_px": 24, "y_px": 24, "width_px": 8, "height_px": 8}, 8)
+    assert place.peak_patch == 15
+
+
+def test_nearest_names_the_planted_patch_first_and_each_normal_once():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(7, 16, 24))
+    features /= np.linalg.norm(features, axis=2, keepdims=True)
+    index = PatchIndex(tuple(scored_model.uids(7)), features.astype(np.float16))
+    found = index.nearest(features[4, 9], count=3)
+    assert (found[0]["sop_instance_uid"], found[0]["row"], found[0]["column"]) == ("2.25.4", 2, 1)
+    assert found[0]["similarity"] == pytest.approx(1.0, abs=2e-3)
+    assert len({item["sop_instance_uid"] for item in found}) == 3
+    slow = sorted((float((features[n] @ features[4, 9]).max()) for n in range(7)), reverse=True)[:3]
+    np.testing.assert_allclose([item["similarity"] for item in found], slow, atol=2e-3)
+    assert position(9, 16) == {"row": 2, "column": 1}
+
+
+def test_an_erasure_looks_at_the_index():
+    assert is_of_patients(PATCHES)
+    assert not is_of_patients(CALIBRATIONS)
+
+
+def explanation(region: dict | None) -> dict:
+    return {
+        "sop_instance_uid": "2.25.1",
+        "model": "m/1",
+        "anomaly_score": 4.2,
+        "p_value": 0.01,
+        "is_abnormal": True,
+        "region": region,
+        "patch": {"row": 0, "column": 3},
+        "memory": [{"layer": 1, "head": 1, "slot": 2, "attention": 0.3, "attention_everywhere": 0.1}] if region else [],
+        "nearest": [{"sop_instance_uid": "2.25.2", "row": 3, "column": 0, "similarity": 0.9}],
+        "scales": [{"part": "brightness", "share": 1.0}] if region else [],
+        "levels": [0.5, 0.4] if region else [],
+    }
+
+
+@pytest.mark.parametrize("region", [None, {"x_px": 20, "y_px": 2, "width_px": 8, "height_px": 6}])
+def test_the_picture_marks_the_region_and_is_the_same_each_time(region):
+    image = np.random.default_rng(0).random((32, 32))
+    arguments = (explanation(region), image, image, image * 3, 3.0, [image], 8)
+    picture = why_png(*arguments)
+    assert picture == why_png(*arguments)
+    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
+    frame = np.abs(pixels - [0x2A, 0xA7, 0xE0]).max(-1) < 12
+    assert (frame.sum() > 100) == (region is not None)
+    json.dumps(explanation(region))
+
+
+def test_surroundings_at_the_edge_are_black_beyond_it():
+    crop = surroundings(np.ones((32, 32)), 0, 3, 8)
+    assert crop.shape == (24, 24)
+    assert crop[:8].max() == 0
+    assert crop[8:, :16].min() == 1
+
+
+def test_pictures_of_maps_frame_their_regions():
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    region = {"x_px": 4, "y_px": 8, "width_px": 8, "height_px": 4}
+    pixels = np.asarray(Image.open(io.BytesIO(framed(buffer.getvalue(), [region], 2.0))))
+    ys, xs = np.nonzero(pixels.max(-1))
+    assert (xs.min(), xs.max(), ys.min(), ys.max()) == (7, 24, 15, 24)
+    assert not np.asarray(Image.open(io.BytesIO(framed(buffer.getvalue(), [], 2.0)))).any()
+
+
+def test_uids_are_read_one_a_line(tmp_path):
+    from memmc.errors import UsageError
+
+    (tmp_path / "u").write_text("2.25.1\n\n 2.25.2 \n")
+    assert read_uids(tmp_path / "u") == ["2.25.1", "2.25.2"]
+    (tmp_path / "u").write_text("\n")
+    with pytest.raises(UsageError, match="names no instance"):
+        read_uids(tmp_path / "u")
+    with pytest.raises(UsageError, match="one UID a line"):
+        read_uids(tmp_path / "absent")
