@@ -10,7 +10,8 @@ Needs strace (Debian: strace). A writer is a forked process that stops itself, i
 N-th call of one kind then kills it, or fails from there on with "no space". Afterwards a reader must see the old
 rows or all of the new, every byte verified, and the same commit run again must leave exactly both.
 
-The S3 parts run against a server of their own over HTTP (moto).
+The S3 parts run against a server of their own over HTTP (moto), or the one of --server. `lake_stress.py` beside this
+kills after every request, and races vacuums.
 """
 
 from __future__ import annotations
@@ -224,8 +225,19 @@ def flips(root: Path, count: int) -> int:
 
 
 @contextmanager
-def s3_server() -> Iterator[str]:
-    """Run an S3 server with one bucket and point the AWS_* environment at it; yield the bucket's URI."""
+def s3_server(address: str | None = None) -> Iterator[str]:
+    """Point the AWS_* environment at an S3 server with one new bucket; yield the bucket's URI.
+
+    Args:
+        address: of a server that runs, with its keys in AWS_*; one is started when absent.
+    """
+    bucket = f"lake-{os.getpid()}"
+    if address is not None:
+        os.environ["AWS_ENDPOINT_URL"] = address
+        if forked(functools.partial(_make_bucket, bucket)):
+            raise SystemExit("the S3 server does not make a bucket")
+        yield f"s3://{bucket}"
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -245,18 +257,18 @@ def s3_server() -> Iterator[str]:
                 if not probe.connect_ex(("127.0.0.1", port)):
                     break
             time.sleep(0.1)
-        if forked(_make_bucket):
+        if forked(functools.partial(_make_bucket, bucket)):
             raise SystemExit("the S3 server did not start")
-        yield "s3://lake"
+        yield f"s3://{bucket}"
     finally:
         server.terminate()
         server.wait(20)
 
 
-def _make_bucket() -> None:
+def _make_bucket(name: str) -> None:
     from memmc import s3
 
-    s3.client().create_bucket(Bucket="lake")
+    s3.client().create_bucket(Bucket=name)
 
 
 def main() -> int:
@@ -264,6 +276,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="few points of every part")
     parts = ("local", "full", "s3", "race", "flips")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--server", metavar="URL", help="an S3 server that runs, for the S3 parts")
     args = parser.parse_args()
     if not shutil.which("strace"):
         raise SystemExit("strace is not installed; apt-get install strace")
@@ -299,7 +312,7 @@ def main() -> int:
             passed &= found_flips == count
             print(f"flips: {found_flips} of {count} flipped bits refused", flush=True)
         if "s3" in args.only:
-            with s3_server() as uri:
+            with s3_server(args.server) as uri:
                 found = matrix(uri, None, S3_CALLS, "signal=KILL:when={number}", limit)
                 verdict("killed, S3", *found, NEEDED["s3"])
     print("PASS" if passed else "FAIL")

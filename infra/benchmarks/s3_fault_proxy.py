@@ -1,15 +1,20 @@
 """A proxy before a real S3 server that fails as it is told: refuses, resets, hangs, cuts bodies, flips bits, kills.
 
 Every request gets a number, from 1; `FaultProxy.plan` says by number, method and path what becomes of it.
+
+As a process of its own (``python s3_fault_proxy.py BACKEND``) it prints its URI, and takes its plan by
+``POST /_plan {"fault": "kill", "at": 3, "victim": 4711}``.
 """
 
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -82,6 +87,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _any(self) -> None:
         proxy: FaultProxy = self.server.proxy  # type: ignore[attr-defined]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path == "/_plan":
+            seen, told = len(proxy.seen), json.loads(body)
+            proxy.reset(lambda number, *_: told["fault"] if number == told["at"] else "pass", told.get("victim"))
+            self._send(200, {}, json.dumps({"seen": seen}).encode())
+            return
         fault = proxy.fault(self.command, self.path)
         if fault == "kill":
             proxy.kill()
@@ -152,3 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+if __name__ == "__main__":
+    with FaultProxy(sys.argv[1]) as running:
+        print(running.uri, flush=True)
+        threading.Event().wait()

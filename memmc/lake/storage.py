@@ -184,9 +184,13 @@ class Storage:
         root = self.local_path()
         if root is None:
             return []
+        found: list[str] = []
         with _local_errors("read"):
-            aside = [path for pattern in _UNFINISHED for path in root.rglob(pattern)]
-            return sorted(path.relative_to(root).as_posix() for path in aside if path.stat().st_mtime < before)
+            for path in (path for pattern in _UNFINISHED for path in root.rglob(pattern)):
+                with contextlib.suppress(FileNotFoundError):  # its writer has just finished it
+                    if path.stat().st_mtime < before:
+                        found.append(path.relative_to(root).as_posix())
+        return sorted(found)
 
     def uploads(self, before: datetime) -> list[tuple[str, str]]:
         """Return key and id of S3 multipart uploads under this prefix that were begun before a time and not ended."""
