@@ -261,16 +261,6 @@ class PlanResult(Result):
 
 
 @dataclass(frozen=True)
-class MapsResult(Result):
-    """Where the pictures lie."""
-
-    folder: str
-    cohort: str
-    model: str
-    pictures: int
-
-
-@dataclass(frozen=True)
 class Check:
     """One line of `memmc doctor`."""
 
