@@ -23,7 +23,7 @@ from memmc.errors import ConfigError
 ENV_PREFIX = "MEMMC_"
 
 Preset = Literal["tiny", "small", "base"]
-ScorerName = Literal["residual_statistics", "residual_peak", "l1", "mse", "ssim", "ms_ssim", "gms"]
+ScorerName = Literal["residual_statistics", "residual_peak", "l1", "mse", "ssim", "ms_ssim", "gms", "pasted_ms_ssim"]
 
 StratumColumn = Literal[
     "modality", "manufacturer", "manufacturer_model", "view_position", "body_part", "laterality", "patient_sex"
@@ -408,7 +408,11 @@ class TrainConfig(Section):
 class ScoreConfig(Section):
     """How an image is scored."""
 
-    scorer: ScorerName = "residual_statistics"
+    scorer: ScorerName = Field(
+        default="residual_statistics",
+        description="All take complementary masks but pasted_ms_ssim, the paper's: random masks (10 passes there), the "
+        "predictions pasted into the image, 1 - MS-SSIM averaged over the passes.",
+    )
     passes: Positive = Field(
         default=4,
         description="Forward passes per image, a multiple of 1 / (1 - mask_ratio) (complementary masks) [choice].",

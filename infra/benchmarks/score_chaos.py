@@ -96,7 +96,7 @@ def disturb(runners: list[Runner], kills: int, span: float, rng: random.Random) 
             if not runner.running():
                 count["finished"] += runner.process is not None and runner.process.returncode == 0
                 runner.start()
-        time.sleep(rng.uniform(0.0, span / len(runners)))
+        time.sleep(rng.uniform(0.0, 0.75 * span))  # some live to commit
         if rng.random() < WORKER_SHARE and kill_worker(rng):
             count["workers"] += 1
             continue

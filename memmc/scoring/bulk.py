@@ -123,16 +123,16 @@ class Reconstructor:
     def _reconstruct(self, rows: pa.Table) -> tuple[Any, Any]:
         import torch
 
-        from memmc.scoring.masks import mask_ids, reconstruct
+        from memmc.scoring.masks import predict
 
         model, info, uids = self._loaded.model, self._loaded.info, rows["sop_instance_uid"].to_pylist()
         scale = np.float32(2 ** rows["bits"][0].as_py() - 1)
         images_BHWC = pixels_to_array(rows).astype(np.float32) / scale
         images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous().to(self._device)
-        ids = mask_ids(self._loaded.digest, uids, model.num_patches, model.num_keep, self._job.score.passes)
         standardised = (images_BCHW - info.pixel_mean) / info.pixel_std
+        score = self._job.score
         with torch.inference_mode():
-            reconstruction = reconstruct(model, standardised, ids.to(self._device))
+            reconstruction = predict(score.scorer, model, self._loaded.digest, uids, standardised, score.passes)
         return images_BCHW, reconstruction.rescale(info.pixel_mean, info.pixel_std)
 
 

@@ -122,6 +122,92 @@ def mask_ids(
     )
 
 
+def random_mask_ids(
+    model_digest: str, sop_instance_uids: Sequence[str], num_patches: int, num_keep: int, passes: int
+) -> Tensor:
+    """Return visible patches drawn anew in every pass, as in training: (B, P, K), int64.
+
+    They depend on the model, the image and the pass alone. A patch may be visible in all passes, or hidden in all.
+
+    Raises:
+        UsageError: `num_keep` is not in 1 .. num_patches - 1.
+    """
+    num_groups(num_patches, num_keep)
+    return torch.stack(
+        [
+            torch.stack(
+                [_drawn(f"{model_digest}\0{uid}\0random {index}", num_patches, num_keep) for index in range(passes)]
+            )
+            for uid in sop_instance_uids
+        ]
+    )
+
+
+def _drawn(seed: str, num_patches: int, num_keep: int) -> Tensor:
+    keys_L = np.frombuffer(hashlib.shake_256(seed.encode()).digest(8 * num_patches), dtype="<u8")
+    return torch.from_numpy(np.sort(np.argsort(keys_L, kind="stable")[:num_keep]).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class PastedReconstruction(Reconstruction):
+    """The image of each pass: predictions where the pass hid the patch, the image itself elsewhere.
+
+    Attributes:
+        pasted_PBCHW: in the unit of the model's input.
+    """
+
+    pasted_PBCHW: Tensor
+
+    def rescale(self, mean: float | Tensor, std: float | Tensor) -> PastedReconstruction:
+        """Undo the standardisation, as `Reconstruction.rescale`."""
+        plain = Reconstruction.rescale(self, mean, std)
+        return PastedReconstruction(
+            plain.mean_BCHW, plain.variance_BCHW, plain.count_BL, self.pasted_PBCHW * std + mean
+        )
+
+
+@torch.inference_mode()
+def reconstruct_pasted(model: MaskedAutoencoder, images_BCHW: Tensor, ids_keep_BPK: Tensor) -> PastedReconstruction:
+    """Return the pasted image of each pass, their mean and their variance.
+
+    Args:
+        model: in evaluation mode.
+        images_BCHW: standardised as in training.
+        ids_keep_BPK: visible patches of each pass, any.
+    """
+    batch, passes, _ = ids_keep_BPK.shape
+    ids_keep_BPK = ids_keep_BPK.to(images_BCHW.device)
+    hidden_BPL = torch.ones(batch, passes, model.num_patches, dtype=torch.bool, device=images_BCHW.device)
+    hidden_BPL.scatter_(2, ids_keep_BPK, False)
+    patches_BLD = model.patchify(images_BCHW)
+    pasted: list[Tensor] = []
+    for index in range(passes):
+        pred_BLD = cast(Tensor, model(images_BCHW, ids_keep_BPK[:, index]).pred_BLP).float()
+        pasted.append(model.unpatchify(torch.where(hidden_BPL[:, index, :, None], pred_BLD, patches_BLD)))
+    pasted_PBCHW = torch.stack(pasted)
+    variance_BCHW = pasted_PBCHW.var(0, unbiased=passes > 1)
+    return PastedReconstruction(pasted_PBCHW.mean(0), variance_BCHW, hidden_BPL.sum(1), pasted_PBCHW)
+
+
+def predict(
+    scorer: str, model: MaskedAutoencoder, model_digest: str, uids: Sequence[str], images_BCHW: Tensor, passes: int
+) -> Reconstruction:
+    """Return the reconstruction that a scorer of this name judges.
+
+    Args:
+        scorer: `ScoreConfig.scorer`.
+        model: in evaluation mode.
+        model_digest: seeds the masks, with the instance.
+        uids: SOP Instance UIDs, one per image.
+        images_BCHW: standardised as in training.
+        passes: per image; whole rounds of complementary masks.
+    """
+    if scorer == "pasted_ms_ssim":
+        ids = random_mask_ids(model_digest, uids, model.num_patches, model.num_keep, passes)
+        return reconstruct_pasted(model, images_BCHW, ids)
+    return reconstruct(model, images_BCHW, mask_ids(model_digest, uids, model.num_patches, model.num_keep, passes))
+
+
 @torch.inference_mode()
 def reconstruct(
     model: MaskedAutoencoder, images_BCHW: Tensor, ids_keep_BPK: Tensor, *, max_batch: int = 128

@@ -8,6 +8,7 @@ A score that needs no fit goes the same way.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from memmc.config import ScoreConfig, ScorerName
 from memmc.errors import DataError, IntegrityError, UsageError
 from memmc.scoring import similarity
 from memmc.scoring.maps import map_scale
-from memmc.scoring.masks import Reconstruction
+from memmc.scoring.masks import PastedReconstruction, Reconstruction
 from memmc.scoring.residuals import (
     MapStatistics,
     ResidualStatistics,
@@ -164,8 +165,50 @@ class SimilarityScorer(Scorer):
 
     def score_features(self, features: Features) -> ScoreBatch:
         """Return the scores."""
-        maps_BHW = _enlarge(features.maps_NMHW[:, 0].astype(np.float32), features.size)
-        return ScoreBatch(features.vectors_NF[:, 0].astype(np.float64), maps_BHW, features.spread_N.astype(np.float64))
+        return _plain(features)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return one placeholder: there is nothing to keep."""
+        return {"unfitted": np.zeros(1, np.float32)}
+
+
+@dataclass(frozen=True)
+class PastedScorer(Scorer):
+    """The paper's score: 1 - MS-SSIM of the image and each pass pasted into it, averaged over passes; needs no fit.
+
+    The map is the mean error of each patch.
+
+    Source: Tian et al., arXiv:2203.11725; ten random masks at the training ratio.
+    """
+
+    name: ScorerName = "pasted_ms_ssim"
+
+    @torch.inference_mode()
+    def features(self, images_BCHW: Tensor, reconstruction: Reconstruction) -> Features:
+        """Return the mean and the map of the error over passes.
+
+        Raises:
+            UsageError: the reconstruction is not of pasted passes.
+        """
+        if not isinstance(reconstruction, PastedReconstruction):
+            raise UsageError("pasted_ms_ssim judges the image of each pass; reconstruct with `masks.predict`")
+        images_BCHW = images_BCHW.float()
+        errors = [similarity.ms_ssim(images_BCHW, pasted_BCHW.float()) for pasted_BCHW in reconstruction.pasted_PBCHW]
+        map_B1HW = torch.stack(errors).mean(0)[:, None]
+        height, width = _size(images_BCHW)
+        side = math.isqrt(height * width // reconstruction.count_BL.shape[1])
+        patches_B1hw = F.avg_pool2d(map_B1HW, side)
+        map_B1HW = F.interpolate(patches_B1hw, size=(height, width), mode="nearest")
+        score_B1 = map_B1HW.mean((1, 2, 3))[:, None].cpu().numpy().astype(np.float32)
+        return Features(score_B1, shrink_maps(map_B1HW), _spread(reconstruction), (height, width))
+
+    def fit(self, normals: Features) -> PastedScorer:
+        """Return the scorer unchanged."""
+        return self
+
+    def score_features(self, features: Features) -> ScoreBatch:
+        """Return the scores."""
+        return _plain(features)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return one placeholder: there is nothing to keep."""
@@ -229,6 +272,8 @@ def make_scorer(config: ScoreConfig) -> Scorer:
     """Return the scorer a configuration names, not fitted."""
     if config.scorer in RESIDUAL_SCORERS:
         return ResidualStatisticsScorer(config.grid, config.components, name=config.scorer)
+    if config.scorer == "pasted_ms_ssim":
+        return PastedScorer()
     return SimilarityScorer(config.scorer, SimilarityScorer.MEASURES[config.scorer])
 
 
@@ -243,7 +288,7 @@ def scorer_from_bytes(data: bytes) -> Scorer:
 
     try:
         state, (form, _, name) = load(data), _label(data).partition(" ")
-        if form == STATE_FORMAT and name in SimilarityScorer.MEASURES:
+        if form == STATE_FORMAT and name in {*SimilarityScorer.MEASURES, "pasted_ms_ssim"}:
             return make_scorer(ScoreConfig.model_validate({"scorer": name}))
         if form == STATE_FORMAT and name in RESIDUAL_SCORERS:
             grid, components = (int(value) for value in state["settings"])
@@ -305,6 +350,12 @@ def fit_and_calibrate(
         maps.append(batch.anomaly_map_BHW.astype(np.float16))
         peaks_N[fold_N == fold] = maps[-1].max((1, 2))
     return CrossFit(scorer.fit(normals), scores_N, map_scale(np.concatenate(maps)), peaks_N)
+
+
+def _plain(features: Features) -> ScoreBatch:
+    """Return scores and maps that are the features themselves."""
+    maps_BHW = _enlarge(features.maps_NMHW[:, 0].astype(np.float32), features.size)
+    return ScoreBatch(features.vectors_NF[:, 0].astype(np.float64), maps_BHW, features.spread_N.astype(np.float64))
 
 
 def _label(data: bytes) -> str:

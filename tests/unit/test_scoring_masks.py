@@ -19,7 +19,10 @@ from memmc.scoring.masks import (
     mask_ids,
     num_groups,
     num_rounds,
+    predict,
+    random_mask_ids,
     reconstruct,
+    reconstruct_pasted,
     round_seed,
 )
 
@@ -171,3 +174,37 @@ def test_the_real_model_gives_each_image_its_own_result_in_any_batch() -> None:
     assert together.mean_BCHW.shape == images.shape
     torch.testing.assert_close(together.mean_BCHW[1:2], alone.mean_BCHW, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together.variance_BCHW[1:2], alone.variance_BCHW, rtol=1e-3, atol=1e-6)
+
+
+def test_random_masks_depend_on_model_image_and_pass_alone() -> None:
+    ids = random_mask_ids("model", ["a", "b"], 64, 16, 10)
+    assert ids.shape == (2, 10, 16)
+    assert torch.equal(ids[1:], random_mask_ids("model", ["b"], 64, 16, 10))
+    assert torch.equal(ids[:, :3], random_mask_ids("model", ["a", "b"], 64, 16, 3))
+    assert len({tuple(row.tolist()) for row in ids.flatten(0, 1)}) == 20
+    assert not torch.equal(ids, random_mask_ids("other", ["a", "b"], 64, 16, 10))
+    counts = torch.bincount(random_mask_ids("model", [str(i) for i in range(100)], 64, 16, 10).flatten())
+    assert counts.min() > 0.8 * 250 and counts.max() < 1.2 * 250  # every patch is shown as often as another
+
+
+def test_a_pass_is_pasted_into_the_image_where_it_was_hidden() -> None:
+    model, images = StandIn(), torch.rand(2, 1, 64, 64)
+    ids = random_mask_ids("model", ["a", "b"], 64, 16, 5)
+    pasted = reconstruct_pasted(model, images, ids)
+    assert torch.isfinite(pasted.pasted_PBCHW).all()  # the garbage at visible places is never used
+    first = model.patchify(pasted.pasted_PBCHW[0])
+    for image in range(2):
+        visible = ids[image, 0]
+        torch.testing.assert_close(first[image, visible], model.patchify(images)[image, visible])
+    assert (pasted.count_BL == 5 - torch.nn.functional.one_hot(ids, 64).sum((1, 2))).all()
+    torch.testing.assert_close(pasted.mean_BCHW, pasted.pasted_PBCHW.mean(0))
+    scaled = pasted.rescale(0.5, 0.25)
+    torch.testing.assert_close(scaled.pasted_PBCHW, pasted.pasted_PBCHW * 0.25 + 0.5)
+
+
+def test_the_scorer_names_its_masks() -> None:
+    model, images = StandIn(), torch.rand(1, 1, 64, 64)
+    paper = predict("pasted_ms_ssim", model, "model", ["a"], images, 10)
+    ours = predict("residual_statistics", model, "model", ["a"], images, 4)
+    assert hasattr(paper, "pasted_PBCHW") and not hasattr(ours, "pasted_PBCHW")
+    assert (ours.count_BL == 3).all() and paper.count_BL.max() <= 10

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memmc.config import ScoreConfig, ScorerName
 from memmc.errors import DataError, IntegrityError, MemmcError, UsageError
 from memmc.scoring.calibration import threshold_at
-from memmc.scoring.masks import Reconstruction
+from memmc.scoring.masks import PastedReconstruction
 from memmc.scoring.scorer import (
     Features,
     Scorer,
@@ -25,7 +25,7 @@ from memmc.scoring.scorer import (
 SCORERS = get_args(ScorerName)
 
 
-def cases(count: int, seed: int, lesion: float = 0.0, size: int = 64) -> tuple[torch.Tensor, Reconstruction]:
+def cases(count: int, seed: int, lesion: float = 0.0, size: int = 64) -> tuple[torch.Tensor, PastedReconstruction]:
     """Textured images; the reconstruction misses their noise, and a square of strength `lesion`."""
     generator = torch.Generator().manual_seed(seed)
     texture = torch.rand(count, 1, size // 4, size // 4, generator=generator)
@@ -34,7 +34,8 @@ def cases(count: int, seed: int, lesion: float = 0.0, size: int = 64) -> tuple[t
     box = (..., slice(size // 2, 3 * size // 4), slice(size // 8, size // 2))
     images[box] += lesion * torch.randn(images[box].shape, generator=generator) + lesion
     variance = torch.full_like(expected, 0.01**2)
-    return images, Reconstruction(expected, variance, torch.full((count, 16), 3))
+    passes = torch.stack([expected, expected])
+    return images, PastedReconstruction(expected, variance, torch.full((count, 16), 3), passes)
 
 
 def scorer_of(name: str) -> Scorer:
@@ -78,7 +79,8 @@ def test_score_does_not_depend_on_the_batch(name: str) -> None:
     fitted = scorer.fit(features_of(scorer, 30, 0))
     images, expected = cases(6, 3, 0.1)
     whole = fitted.score(images, expected).anomaly_score_B
-    one = Reconstruction(expected.mean_BCHW[4:5], expected.variance_BCHW[4:5], expected.count_BL[4:5])
+    mine = (expected.mean_BCHW[4:5], expected.variance_BCHW[4:5], expected.count_BL[4:5])
+    one = PastedReconstruction(*mine, expected.pasted_PBCHW[:, 4:5])
     np.testing.assert_allclose(fitted.score(images[4:5], one).anomaly_score_B[0], whole[4], rtol=1e-4)
 
 

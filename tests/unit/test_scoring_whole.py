@@ -23,7 +23,7 @@ def whole_scores(loaded, judged: Calibrated, stored: np.ndarray, ids: np.ndarray
         return Scores(*(tensor.numpy() for tensor in module(torch.from_numpy(stored), torch.from_numpy(ids))))
 
 
-@pytest.mark.parametrize("scorer", get_args(ScorerName))
+@pytest.mark.parametrize("scorer", [name for name in get_args(ScorerName) if name != "pasted_ms_ssim"])
 @pytest.mark.parametrize(("bits", "channels", "size"), [(16, 1, 32), (8, 3, 32), (16, 1, 80)])
 def test_it_scores_as_the_lake_does(scorer: str, bits: int, channels: int, size: int) -> None:
     loaded = scored_model.model(size, channels)
