@@ -18,6 +18,7 @@ from memmc.errors import StorageError, UsageError
 from memmc.lake.storage import Storage
 
 _TEMPORARY_PREFIX = "memmc-"
+_STATE_PLANES = (("mlflow", "mlflow"), ("mlartifacts", "mlflow"), ("models", "mlflow"), ("ray", "ray"))
 _PAGE = 200
 API_COLLECTIONS: Final = (
     "logs",
@@ -90,7 +91,7 @@ def state_items(home: Path) -> Iterator[Item]:
     yield from local_items("prefect", prefect)
     for entry in sorted(home.iterdir()) if home.is_dir() else ():
         if entry.absolute() != prefect.absolute():
-            plane = next((name for name in ("mlflow", "ray") if entry.name.startswith(name)), "state")
+            plane = next((plane for start, plane in _STATE_PLANES if entry.name.startswith(start)), "state")
             yield from local_items(plane, entry)
     for entry in sorted(Path(tempfile.gettempdir()).glob(f"{_TEMPORARY_PREFIX}*")):
         yield from local_items("temporary", entry)
