@@ -176,7 +176,7 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "flags strs",  # QC_* codes of `memmc.quality`; an empty list passes
         "perceptual_hash str",  # 64 bits as 16 hex digits
         "thumbnail bytes",  # uint8, square, C order
-        "gate_id str",  # names the rules
+        "gate_id str",  # names the rules, and the reference cohort if it is another
         "run str",
         "gated_at time",
     ),

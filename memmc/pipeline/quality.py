@@ -96,7 +96,10 @@ def gate(config: Config, cohort: str, *, reference: str | None = None, progress:
 def _gate(config: Config, lake: Lake, cohort: str, reference: str | None, progress: Progress) -> int:
     """Gate one ingested cohort; return how many instances were looked at."""
     rows = _stored(lake, cohort)
-    identifier = gate_id(config.quality)
+    own = sum(row["label"] == "normal" and row["split"] == "train" for row in rows)
+    if reference == cohort or own >= config.quality.min_reference:
+        reference = None
+    identifier = gate_id(config.quality, reference)
     missing = _missing(rows, _verdicts(lake, cohort, ["sop_instance_uid", "gated_at", "gate_id"]), identifier)
     if missing:
         progress.stage("quality gate", len(missing))
@@ -114,9 +117,9 @@ def _gate(config: Config, lake: Lake, cohort: str, reference: str | None, progre
     return len(missing)
 
 
-def gate_id(rules: QualityConfig) -> str:
-    """Return 16 hex digits naming the rules and the way images are looked at."""
-    return config_hash(rules)[:14] + f"{LOOK_FORMAT:02x}"
+def gate_id(rules: QualityConfig, reference: str | None = None) -> str:
+    """Return 16 hex digits naming the rules and the way images are looked at, then the reference if there is one."""
+    return config_hash(rules)[:14] + f"{LOOK_FORMAT:02x}" + (f" {reference}" if reference else "")
 
 
 def _stored(lake: Lake, cohort: str) -> list[Row]:
@@ -136,8 +139,8 @@ def _verdicts(lake: Lake, cohort: str, columns: list[str]) -> dict[str, Row]:
 
 
 def _missing(rows: list[Row], known: dict[str, Row], identifier: str) -> dict[str, str]:
-    """Return SOP Instance UID -> object key of what these rules have not looked at."""
-    seen = {uid for uid, row in known.items() if row["gate_id"] == identifier}
+    """Return SOP Instance UID -> object key of what these rules have not looked at, whatever the reference if none."""
+    seen = {uid for uid, row in known.items() if identifier in (row["gate_id"], row["gate_id"].split()[0])}
     return {row["sop_instance_uid"]: row["object_key"] for row in rows if row["sop_instance_uid"] not in seen}
 
 
@@ -145,10 +148,9 @@ def _like(
     lake: Lake, rows: list[Row], looks: dict[str, Row], reference: str | None, rules: QualityConfig
 ) -> list[tuple[bytes, str]]:
     """Return thumbnail and patient of the cohort's normals, or of the reference's where these are too few."""
-    own = _normals(rows, looks, rules)
-    if reference is None or len(own) >= rules.min_reference:
-        return own
-    others = _verdicts(lake, reference, [*_SEEN, "gated_at"])
+    others = _verdicts(lake, reference, [*_SEEN, "gated_at"]) if reference else {}
+    if not reference or not others:
+        return _normals(rows, looks, rules)
     return _normals([row for row in _stored(lake, reference) if row["sop_instance_uid"] in others], others, rules)
 
 

@@ -24,6 +24,7 @@ from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, fit_of, open_model
 from memmc.pipeline.progress import Progress, Silent
+from memmc.pipeline.quality import gate
 from memmc.pipeline.results import PlanResult, ScoreResult
 from memmc.pipeline.score_ledger import ScoreLedger
 from memmc.pipeline.score_plan import ScorePlan, Unit, plan_scores
@@ -64,6 +65,8 @@ def score(
 ) -> ScoreResult:
     """Score the instances of a cohort that the model's newest calibration has not scored yet.
 
+    What has not been gated is gated first; a flagged image gets no score, and a row that says why.
+
     A killed run leaves whole commits or nothing; the next run scores what is missing. Runs at the same time leave each
     instance one score (`score_ledger`).
 
@@ -86,6 +89,7 @@ def score(
     lake = Lake(config.lake.uri)
     opened = open_model(config, home, model)
     calibration = newest_calibration(lake, opened)
+    gate(config, cohort, reference=opened.cohort, progress=progress)
     done: list[_Run] = []
     for base, only in _shares(lake, cohort):
         left = None if limit is None else limit - sum(run.scored for run in done)

@@ -110,9 +110,11 @@ def test_a_cohort_without_normals_is_compared_with_those_of_another(config, lake
     lake.append(INSTANCES, rows(ward, "ward", "unknown"), "ward")
     alone = gate(config, "ward")
     assert alone.flags == {"QC_CONSTANT": 1}  # nothing to compare with
-    again = load_config(overrides=[f"lake.uri={config.lake.uri}", "quality.max_tail=4.6"])
-    gate(again, "ward", reference="c")
+    assert gate(config, "ward", reference="c").gated == 5
     assert flags_of(lake, "ward") == {uid: expected for uid, (_, expected) in BAD.items() if uid != "copy"}
+    assert gate(config, "ward", reference="c").gated == gate(config, "ward").gated == 0
+    assert gate(config, "c", reference="ward").gated == 0  # has normals of its own
+    assert gate(config, "ward", reference="nobody").flags == {"QC_CONSTANT": 1}
 
 
 def test_a_cohort_with_nothing_in_it_is_refused(config, lake):
