@@ -8,7 +8,6 @@ thumbnails that the table keeps, and writes the rows that are new or changed.
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -226,8 +225,10 @@ def _read_here(
 def _look_at(rows: pa.Table, rules: QualityConfig) -> pa.Table:
     """Look at instances; they may be of several shapes."""
     looks: list[Row] = []
+    shapes = rows.select(PIXEL_COLUMNS[1:]).group_by(list(PIXEL_COLUMNS[1:])).aggregate([]).num_rows
+    images = pixels_to_array(rows) if shapes == 1 else None
     for number, row in enumerate(rows.select(("sop_instance_uid", "rows", "columns", "bits")).to_pylist()):
-        image_HWC = pixels_to_array(rows.slice(number, 1))[0]
+        image_HWC = pixels_to_array(rows.slice(number, 1))[0] if images is None else images[number]
         grey_HW = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC.mean(axis=-1)
         one = look(grey_HW, 2 ** row["bits"] - 1, row["rows"], row["columns"], rules)
         looks.append({"sop_instance_uid": row["sop_instance_uid"], **vars(one)})
@@ -240,4 +241,4 @@ def _commit(lake: Lake, cohort: str, identifier: str, rows: list[Row]) -> None:
     whole = [{**row, "gate_id": identifier, "run": run, "gated_at": now} for row in rows]
     table = pa.Table.from_pylist([{name: row[name] for name in names} for row in whole], schema=SCHEMAS[QUALITY])
     counts = Counter(code for row in rows for code in row["flags"])
-    lake.append(QUALITY, table, run, {"cohort": cohort, "flags": json.dumps(dict(sorted(counts.items())))})
+    lake.append(QUALITY, table, run, {"cohort": cohort, "flags": dict(sorted(counts.items()))})

@@ -7,6 +7,7 @@ and window do not count, and the shape of the grey levels does.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,7 @@ def _shrink(grey_HW: NDArray[np.float32], side: int) -> NDArray[np.float32]:
     return (_areas(grey_HW.shape[0], side) @ grey_HW @ _areas(grey_HW.shape[1], side).T).astype(np.float32)
 
 
+@functools.cache
 def _areas(size: int, side: int) -> NDArray[np.float32]:
     """Return weights (side, size): the share of each pixel in each of `side` equal stretches, rows summing to 1."""
     edges = np.linspace(0, size, side + 1)
