@@ -75,13 +75,13 @@ class Reconstructor:
         from memmc.scoring.scorer import make_scorer, scorer_from_bytes
 
         self._job = job
-        self._device = torch.device("cuda" if job.use_gpu else "cpu")
+        self.device = torch.device("cuda" if job.use_gpu else "cpu")
         if not job.use_gpu:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.score.num_actors))
         with tempfile.TemporaryDirectory() as folder:
             for name, data in job.model_files.items():
                 Path(folder, name).write_bytes(data)
-            self._loaded = load_model(folder, self._device)
+            self.loaded = load_model(folder, self.device)
         self._scorer = scorer_from_bytes(job.scorer_state) if job.scorer_state is not None else make_scorer(job.score)
         self.batch_size = job.score.batch_size
 
@@ -125,14 +125,14 @@ class Reconstructor:
 
         from memmc.scoring.masks import predict
 
-        model, info, uids = self._loaded.model, self._loaded.info, rows["sop_instance_uid"].to_pylist()
+        model, info, uids = self.loaded.model, self.loaded.info, rows["sop_instance_uid"].to_pylist()
         scale = np.float32(2 ** rows["bits"][0].as_py() - 1)
         images_BHWC = pixels_to_array(rows).astype(np.float32) / scale
-        images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous().to(self._device)
+        images_BCHW = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous().to(self.device)
         standardised = (images_BCHW - info.pixel_mean) / info.pixel_std
         score = self._job.score
         with torch.inference_mode():
-            reconstruction = predict(score.scorer, model, self._loaded.digest, uids, standardised, score.passes)
+            reconstruction = predict(score.scorer, model, self.loaded.digest, uids, standardised, score.passes)
         return images_BCHW, reconstruction.rescale(info.pixel_mean, info.pixel_std)
 
 
