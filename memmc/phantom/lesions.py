@@ -7,13 +7,13 @@ takes the rest of the pleural cavity. So one rule gives every path length exactl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from memmc.phantom.projection import Array, Quadric, Rays, contains, cross, ellipsoid, length
-from memmc.phantom.thorax import MU_AIR, MU_SOFT, SIDES, Side, Thorax, VesselTree
+from memmc.phantom.thorax import MU_AIR, MU_LUNG, MU_SOFT, SIDES, Side, Thorax, VesselTree
 
 LesionKind = Literal["nodule", "consolidation", "effusion", "pneumothorax"]
 LESION_KINDS: tuple[LesionKind, ...] = ("nodule", "consolidation", "effusion", "pneumothorax")
@@ -24,10 +24,17 @@ MASK_PATH_MM = {"nodule": 2.0, "consolidation": 6.0, "effusion": 8.0, "pneumotho
 
 @dataclass(frozen=True)
 class Lesion:
-    """What to plant; place and shape follow from the seed and the patient."""
+    """What to plant; place and shape follow from the seed and the patient.
+
+    Attributes:
+        scale: linear size of a focal lesion over its usual one; displacing lesions take no notice.
+        contrast: how much denser, or thinner, than lung its filling is over its usual difference.
+    """
 
     kind: LesionKind
     seed: int
+    scale: float = 1.0
+    contrast: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,19 @@ def place(lesion: Lesion, thorax: Thorax) -> PlacedLesion:
         "effusion": _effusion,
         "pneumothorax": _pneumothorax,
     }
-    return planters[lesion.kind](thorax, side, rng)
+    placed = planters[lesion.kind](thorax, side, rng)
+    if (lesion.scale, lesion.contrast) == (1.0, 1.0):
+        return placed
+    return _altered(placed, lesion.scale, lesion.contrast)
+
+
+def _altered(placed: PlacedLesion, scale: float, contrast: float) -> PlacedLesion:
+    bodies = placed.bodies
+    if bodies:
+        middle = np.stack([body.center for body in bodies]).mean(axis=0)
+        bodies = tuple(body.contracted(middle, np.full(3, scale, np.float32)) for body in bodies)
+    size_mm = placed.size_mm * (scale if bodies else 1.0)
+    return replace(placed, mu=MU_LUNG + contrast * (placed.mu - MU_LUNG), bodies=bodies, size_mm=size_mm)
 
 
 def _nodule(thorax: Thorax, side: Side, rng: np.random.Generator) -> PlacedLesion:

@@ -36,8 +36,14 @@ class PatchIndex:
     features_NLD: NDArray[np.float16]
 
     def nearest(self, feature_D: NDArray[np.floating], count: int = NEAREST) -> list[dict[str, Any]]:
-        """Return the most similar patch of each of the most similar normals: UID, row, column, cosine similarity."""
-        similarity_NL = self.features_NLD.astype(np.float32) @ feature_D.astype(np.float32)
+        """Return the most similar patch of each of the most similar normals: UID, row, column, similarity.
+
+        Similarity is the cosine after the mean of all patches is taken off both: the part that all tokens share would
+        make everything alike.
+        """
+        kept_NLD = self.features_NLD.astype(np.float32)
+        mean_D = kept_NLD.mean((0, 1))
+        similarity_NL = _unit(kept_NLD - mean_D) @ _unit(feature_D.astype(np.float32) - mean_D)
         best_N = similarity_NL.argmax(1)
         height_N = similarity_NL[np.arange(len(best_N)), best_N]
         order = np.argsort(-height_N, kind="stable")[:count]
@@ -84,6 +90,10 @@ def position(patch: int, num_patches: int) -> dict[str, int]:
     """Return row and column of a patch, from 0."""
     side = round(num_patches**0.5)
     return {"row": patch // side, "column": patch % side}
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def _features(lake: Lake, model: OpenModel, uids: list[str]) -> NDArray[np.float16]:
