@@ -14,6 +14,7 @@
     +-- StorageError            exit 1: a place could not be read or written
     +-- ModelError              exit 1: a model is missing, unfinished or unreadable
     +-- TrainingError           exit 1: a training run failed
+        +-- DivergedError           loss or gradient is not finite; another try would end alike
 
 A message says what was found, what was expected and what to do next. It never
 holds patient data: no path, no attribute value, no text of a decoder's error.
@@ -76,3 +77,7 @@ class ModelError(MemmcError):
 
 class TrainingError(MemmcError):
     """A training run failed for good."""
+
+
+class DivergedError(TrainingError):
+    """A loss or gradient is not finite, on all workers at the same step; another try would end alike."""

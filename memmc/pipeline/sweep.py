@@ -234,6 +234,10 @@ def _recorder(tracking: Tracking, children: list[str], progress: Progress, count
     class Recorder(Callback):
         ended = 0
 
+        def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+            """Travel without the tracking store and the terminal: Tune pickles what it was called with."""
+            return Callback, ()
+
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
         ) -> None:

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memmc.config import ModelConfig, TrainConfig
-from memmc.errors import MemmcError, TrainingError
+from memmc.errors import DivergedError, MemmcError, TrainingError
 from memmc.training.source import ShardSource
 
 _POLL_S = 1.0
 _MODEL, _LAST = "model", "last"
+_DIVERGED = "diverged"
 _HEALTH_IMAGES = 32
 _SLOWEST_START_S = 300.0
 
@@ -79,6 +80,7 @@ def fit(
         weights: of a model to start from, as safetensors; random ones when absent.
 
     Raises:
+        DivergedError: a loss or gradient was not finite; not tried again.
         TrainingError: the loop failed more often than `train.max_failures`, or for good.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -111,11 +113,18 @@ def fit(
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    with _forward(ray, board, on_metrics):
+    diverged: list[str] = []
+
+    def on_row(row: dict[str, Any]) -> None:
+        diverged.append(row[_DIVERGED]) if _DIVERGED in row else on_metrics(row)
+
+    with _forward(ray, board, on_row):
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise TrainingError(f"training run {name} failed: {_root_cause(error)}") from None
+    if diverged:
+        raise DivergedError(diverged[0])
     if result.checkpoint is None:
         raise TrainingError(f"training run {name} ended without a checkpoint; see its folder in the lake")
     with result.checkpoint.as_directory() as folder:
@@ -265,11 +274,17 @@ def _worker(settings: dict[str, Any]) -> None:
 
     checkpoint = ray.train.get_checkpoint()
     with Watchdog(job.train.hung_seconds).guarding() as watchdog:
-        if checkpoint is None:
-            outcome = run(None)
-        else:
-            with checkpoint.as_directory() as folder:
-                outcome = run(Path(folder))
+        try:
+            if checkpoint is None:
+                outcome = run(None)
+            else:
+                with checkpoint.as_directory() as folder:
+                    outcome = run(Path(folder))
+        except DivergedError as error:
+            # All workers are here; ending in order keeps Ray Train from trying again what would end alike.
+            if rank == 0:
+                ray.get(board.pin.remote({_DIVERGED: str(error)}))
+            return
         watchdog.beat()
         report(save_finished, outcome.as_dict() | (ablations(outcome.selected, fixed) if rank == 0 else {}))
 

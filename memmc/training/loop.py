@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from memmc.config import TrainConfig
-from memmc.errors import TrainingError
+from memmc.errors import DivergedError, TrainingError
 from memmc.model.mae import MemMCMAE
 from memmc.model.masking import random_ids_keep
 from memmc.training.augment import augment, standardise
@@ -164,7 +164,8 @@ def train(
             the checkpoint into a folder (one rank is enough) and the latest metrics.
 
     Raises:
-        TrainingError: no images, a batch of the wrong shape, a loss or gradient that is not finite.
+        DivergedError: a loss or gradient is not finite; raised on every rank at the same step.
+        TrainingError: no images, or a batch of the wrong shape.
         IntegrityError: the checkpoint's files were altered.
         ModelError: the checkpoint is unfinished or of another model.
     """
@@ -322,7 +323,7 @@ class _Run:
         epoch = (self.state.position.images - 1 if step < self.state.step else self.state.position.images) // (
             self.num_images or 1
         )
-        raise TrainingError(
+        raise DivergedError(
             f"step {step} (epoch {epoch}): gradient norm {self.last_norm}; {'; '.join(chosen)}. "
             "Lower train.base_lr, or look at these images (sop_instance_uid)"
         )

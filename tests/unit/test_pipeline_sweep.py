@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 
 from memmc.cli.sweep import summary
 from memmc.config import load_config
 from memmc.errors import ConfigError, UsageError
-from memmc.pipeline.sweep import SweepResult, Trial, _rank, combinations, trial_config
+from memmc.pipeline.sweep import SweepResult, Trial, _rank, _recorder, combinations, trial_config
 
 PARAMS = ("model.patch_size=8,16", "train.base_lr=0.001, 0.01 ,0.1")
 
@@ -48,6 +51,16 @@ def test_a_trial_has_its_settings_and_time_and_keeps_normals_back() -> None:
     assert trial_config(kept, {"train.base_lr": "0.5"}, 1.0).train.validate_share == 0.3
     with pytest.raises(ConfigError, match=r"trial train\.num_workers=1"):
         trial_config(load_config(overrides=["train.min_workers=2"]), {"train.num_workers": "1"}, 1.0)
+
+
+def test_the_recorder_travels_without_what_it_writes_to() -> None:
+    """Tune pickles its callbacks; a lock stands for the tracking store's connections."""
+    import ray.cloudpickle
+
+    locked: Any = threading.Lock()
+    with pytest.raises(TypeError, match="pickle"):
+        ray.cloudpickle.dumps(locked)
+    assert ray.cloudpickle.loads(ray.cloudpickle.dumps(_recorder(locked, [], locked, 1)))
 
 
 def test_trials_are_ranked_by_the_figure_and_failures_come_last() -> None:

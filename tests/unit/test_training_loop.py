@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memmc.config import ModelConfig, TrainConfig
-from memmc.errors import TrainingError
+from memmc.errors import DivergedError, TrainingError
 from memmc.model.mae import MemMCMAE
 from memmc.training import loop
 from memmc.training.feed import Batch, Feed
@@ -233,7 +233,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step() -> None:
             model.decoder.head.bias[0] = float("nan")
 
     with pytest.raises(
-        TrainingError, match=r"step 8 \(epoch 2\): gradient norm nan; rank 0, loss nan: 2\.25\."
+        DivergedError, match=r"step 8 \(epoch 2\): gradient norm nan; rank 0, loss nan: 2\.25\."
     ) as raised:
         train(model, Images(), CONFIG, **STATS, on_log=poison)
     order = np.random.default_rng(2).permutation(len(IMAGES))[:16]
