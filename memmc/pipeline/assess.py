@@ -9,19 +9,24 @@ from typing import Any
 import numpy as np
 
 from memmc.config import Config
+from memmc.evaluation.boxes import BoxFigures
 from memmc.evaluation.controls import ControlResult, control_scores, evaluate_controls
-from memmc.evaluation.localisation import aupro, pixel_auroc
 from memmc.evaluation.metrics import Evaluation, evaluate_scores
-from memmc.evaluation.report_data import Localisation
+from memmc.evaluation.operating import RatePoint, SensitivityAt, rate_points, sensitivities
+from memmc.evaluation.report_data import GroupResult, Localisation
+from memmc.evaluation.subgroups import subgroups
 from memmc.lake.tables import Lake
 from memmc.pipeline.identity import held_key, home_directory
 from memmc.pipeline.images import Images, read_images, read_masks
+from memmc.pipeline.localise import localise_boxes, localise_masks, read_boxes
 from memmc.pipeline.models import OpenModel
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.select import newest_calibration, normals, one_preparation, score_rows, unmet
 from memmc.scoring.maps import decode_map
+from memmc.scoring.strata import POOLED, judge_of
 
 _CONTROL_NORMALS = 1000
+_SPECIFICITIES = (0.90, 0.95)
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,20 @@ class Assessment:
     controls: tuple[ControlResult, ...]
     masks: dict[str, Any]
     localisation: Localisation | None
+    groups: tuple[GroupResult, ...] = ()
+    sensitivities: tuple[SensitivityAt, ...] = ()
+    rates: tuple[RatePoint, ...] = ()
+    boxes: BoxFigures | None = None
 
 
 def assess(
-    config: Config, lake: Lake, model: OpenModel, cohort: str, masks: Path | None, progress: Progress
+    config: Config,
+    lake: Lake,
+    model: OpenModel,
+    cohort: str,
+    masks: Path | None,
+    progress: Progress,
+    boxes: Path | None = None,
 ) -> Assessment:
     """Score what is not scored yet, then measure.
 
@@ -75,17 +90,32 @@ def assess(
     evaluation = evaluate_scores(labels, values, flagged, patients, **settings)
     raw = control_scores(_grey(_training_normals(config, lake, model)), _grey(read_images(lake, cohort, uids)))
     controls = evaluate_controls(raw, labels, values, patients, **settings)
-    known = read_masks(masks, held_key(config, home_directory()), config.data) if masks else {}
+    key, calibration_id = held_key(config, home_directory()), calibration["calibration_id"]
+    drawn = read_boxes(boxes, key) if boxes else None
+    known = read_masks(masks, key, config.data) if masks else {}
     mine = {row["sop_instance_uid"]: known[row["sop_instance_uid"]] for row in rows if row["sop_instance_uid"] in known}
-    localisation = localise(lake, cohort, model, calibration["calibration_id"], mine) if mine else None
-    return Assessment(rows, calibration, evaluation, controls, mine, localisation)
+    maps = read_maps(lake, cohort, model, calibration_id, list(mine)) if mine else []
+    localisation = localise_masks(maps, list(mine.values()), calibration, config.evaluate.seed) if mine else None
+    judged = [row["p_value"] for row in rows if row["label"] == "normal"]
+    return Assessment(
+        rows,
+        calibration,
+        evaluation,
+        controls,
+        mine,
+        localisation,
+        groups=subgroups(rows, **settings),
+        sensitivities=sensitivities(labels, values, patients, _SPECIFICITIES, **settings),
+        rates=rate_points(judged, _rates(calibration), config.evaluate.confidence),
+        boxes=localise_boxes(config, lake, model, cohort, calibration_id, uids, drawn) if drawn is not None else None,
+    )
 
 
-def localise(lake: Lake, cohort: str, model: OpenModel, calibration_id: str, masks: dict[str, Any]) -> Localisation:
-    """Compare anomaly maps with lesion masks, over the images that have one."""
-    maps = read_maps(lake, cohort, model, calibration_id, list(masks))
-    ordered = [masks[uid] for uid in masks]
-    return Localisation(len(masks), pixel_auroc(maps, ordered), aupro(maps, ordered))
+def _rates(calibration: dict[str, Any]) -> list[float]:
+    """Return the rates whose thresholds the calibration keeps, the chosen one among them."""
+    pooled = judge_of(calibration).strata[POOLED]
+    kept = {item.rate for item in pooled.thresholds if item.refused is None}
+    return sorted(kept | {calibration["false_positive_rate"]})
 
 
 def read_maps(lake: Lake, cohort: str, model: OpenModel, calibration_id: str, uids: list[str]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from memmc.config import Config
@@ -19,6 +20,7 @@ def evaluate(
     model: str | None = None,
     *,
     masks: Path | None = None,
+    boxes: Path | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
     """Measure a model on every labelled instance of a cohort whose patient it was neither trained nor calibrated on.
@@ -26,7 +28,8 @@ def evaluate(
     Instances that are not scored yet are scored first.
 
     Args:
-        masks: CSV of lesion masks (see `memmc.pipeline.images.read_masks`); adds the pixel AUROC.
+        masks: CSV of lesion masks (see `memmc.pipeline.images.read_masks`); adds `localisation`.
+        boxes: CSV of lesion boxes (see `memmc.pipeline.localise.read_boxes`); adds `boxes`.
 
     Raises:
         DataError: no normal or no abnormal image of an unseen patient.
@@ -35,7 +38,7 @@ def evaluate(
     progress = progress or Silent()
     lake = Lake(config.lake.uri)
     opened = open_model(config, home_directory(), model)
-    return as_result(assess(config, lake, opened, cohort, masks, progress), opened, cohort)
+    return as_result(assess(config, lake, opened, cohort, masks, progress, boxes), opened, cohort)
 
 
 def as_result(assessment: Assessment, model: OpenModel, cohort: str) -> EvaluationResult:
@@ -61,4 +64,9 @@ def as_result(assessment: Assessment, model: OpenModel, cohort: str) -> Evaluati
         chosen_false_positive_rate=assessment.calibration["false_positive_rate"],
         sensitivity=measured.sensitivity,
         pixel_auroc=assessment.localisation.pixel_auroc if assessment.localisation else None,
+        localisation=asdict(assessment.localisation) if assessment.localisation else None,
+        boxes=asdict(assessment.boxes) if assessment.boxes else None,
+        sensitivity_at=[asdict(item) for item in assessment.sensitivities],
+        rates=[asdict(item) for item in assessment.rates],
+        groups=[asdict(item) for item in assessment.groups],
     )

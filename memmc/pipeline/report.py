@@ -14,7 +14,6 @@ from memmc.evaluation.report import render_report
 from memmc.evaluation.report_data import (
     CalibrationFacts,
     Case,
-    GroupResult,
     IngestCount,
     MemoryHealth,
     MemoryLayer,
@@ -35,7 +34,6 @@ from memmc.pipeline.select import newest_calibration, normals, score_rows
 
 _GALLERIES = ("most_abnormal", "calmest_normals", "typical_normals", "missed_abnormals", "flagged_normals")
 _MEMORY_IMAGES = 64
-_GROUPINGS = {"manufacturer": "manufacturer", "view_position": "view position", "patient_sex": "sex"}
 
 
 def report(
@@ -45,6 +43,7 @@ def report(
     *,
     out: str | None = None,
     masks: Path | None = None,
+    boxes: Path | None = None,
     progress: Progress | None = None,
 ) -> ReportResult:
     """Write the report of a model on a cohort; figures of quality only where there are labels.
@@ -55,7 +54,7 @@ def report(
     Raises:
         DataError: the cohort has neither scores nor labelled images.
     """
-    return report_and_evaluation(config, cohort, model, out=out, masks=masks, progress=progress)[0]
+    return report_and_evaluation(config, cohort, model, out=out, masks=masks, boxes=boxes, progress=progress)[0]
 
 
 def report_and_evaluation(
@@ -65,6 +64,7 @@ def report_and_evaluation(
     *,
     out: str | None = None,
     masks: Path | None = None,
+    boxes: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[ReportResult, EvaluationResult | None]:
     """Write the report, and return the evaluation it stands on; None where nothing is labelled."""
@@ -72,7 +72,7 @@ def report_and_evaluation(
     lake = Lake(config.lake.uri)
     opened = open_model(config, home_directory(), model)
     try:
-        assessment = assess(config, lake, opened, cohort, masks, progress)
+        assessment = assess(config, lake, opened, cohort, masks, progress, boxes)
     except (IntegrityError, PreprocessMismatch):
         raise
     except DataError:  # nothing labelled to measure on; what else is missing, _gather names
@@ -93,7 +93,9 @@ def report_and_evaluation(
 
 def _gather(config: Config, lake: Lake, model: OpenModel, cohort: str, assessment: Assessment | None) -> ReportData:
     calibration = newest_calibration(lake, model)
-    scores = score_rows(lake, cohort, model, calibration["calibration_id"])
+    known = score_rows(lake, cohort, model, calibration["calibration_id"], without_score=True)
+    scores = {uid: row for uid, row in known.items() if row["not_scored"] is None}
+    reasons = [row["not_scored"] for row in known.values() if row["not_scored"] is not None]
     if not scores:
         raise DataError(f"cohort '{cohort}' has no scores of {model.ref}; run `memmc score --cohort {cohort}`")
     rows = assessment.rows if assessment else [{**row, "label": "unknown"} for row in scores.values()]
@@ -116,7 +118,11 @@ def _gather(config: Config, lake: Lake, model: OpenModel, cohort: str, assessmen
         evaluation=assessment.evaluation if assessment else None,
         controls=assessment.controls if assessment else (),
         localisation=assessment.localisation if assessment else None,
-        groups=_groups(assessment) if assessment else (),
+        boxes=assessment.boxes if assessment else None,
+        groups=assessment.groups if assessment else (),
+        sensitivities=assessment.sensitivities if assessment else (),
+        rates=assessment.rates if assessment else (),
+        not_scored=dict(Counter(reasons).most_common()),
         **_galleries(lake, model, cohort, calibration["calibration_id"], rows, assessment),
         ingest=_account(lake, cohort),
         memory=_memory(lake, model),
@@ -157,30 +163,6 @@ def _galleries(
         for number, image, anomaly_map in zip(numbers, images, maps, strict=True)
     }
     return {gallery: tuple(cases[number] for number in getattr(chosen, gallery)) for gallery in _GALLERIES}
-
-
-def _groups(assessment: Assessment) -> tuple[GroupResult, ...]:
-    """Sensitivity and false-positive rate per scanner, view and sex, where there are at least two of them."""
-    groups: list[GroupResult] = []
-    for column, title in _GROUPINGS.items():
-        values = sorted({str(row[column] or "not stated") for row in assessment.rows})
-        if len(values) < 2:
-            continue
-        for value in values:
-            mine = [row for row in assessment.rows if str(row[column] or "not stated") == value]
-            normal = [row["is_abnormal"] for row in mine if row["label"] == "normal"]
-            abnormal = [row["is_abnormal"] for row in mine if row["label"] == "abnormal"]
-            groups.append(
-                GroupResult(
-                    grouping=title,
-                    group=value,
-                    num_normal=len(normal),
-                    num_abnormal=len(abnormal),
-                    sensitivity=sum(abnormal) / len(abnormal) if abnormal else None,
-                    false_positive_rate=sum(normal) / len(normal) if normal else None,
-                )
-            )
-    return tuple(groups)
 
 
 def _account(lake: Lake, cohort: str) -> tuple[IngestCount, ...]:
@@ -233,7 +215,7 @@ def _memory(lake: Lake, model: OpenModel) -> MemoryHealth | None:
                 number, layer.mass, layer.slots_used, layer.num_slots, layer.entropy, uniform_mass=layer.uniform_mass
             )
             for number, layer in enumerate(layers, start=1)
-        )
+        ),
     )
 
 
