@@ -174,8 +174,8 @@ def main() -> None:
         for title, way in SPOILT.items():
             bad.append(line(title, flags(looks([way(item) for item in seen], rules), reference, rules)))
         bad.append(line("other modalities and body parts", flags(looks(others, rules), reference, rules)))
-        copies = looks([again_as_jpeg(item) for item in pictures[:200]], rules)
-        both = [*found[num_spoilt:], *copies[num_spoilt:]]
+        copies = looks([again_as_jpeg(item) for item in pictures[num_spoilt : num_spoilt + 200]], rules)
+        both = [*found[num_spoilt:], *copies]
         pairs = duplicates(
             [one.perceptual_hash for one in both],
             thumbnails_from_bytes([one.thumbnail for one in both]),

@@ -59,6 +59,11 @@ class _Model:
         off_N = ((offset_NF**2).sum(1) - (along_NK**2).sum(1)).clip(0)
         return np.stack([(along_NK**2 / self.variance_K).sum(1), off_N / self.rest], axis=1) + _LEAST
 
+    def turned(self, thumbnails_NTT: Thumbnails) -> Floats:
+        """Return (N, 2): the distances of each image in that of `TURNS` in which it fits best."""
+        turned_RN2 = np.stack([self.distances(turn(thumbnails_NTT)) for turn in TURNS.values()])
+        return turned_RN2[turned_RN2.sum(2).argmin(0), np.arange(len(thumbnails_NTT))]
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -92,9 +97,7 @@ class Reference:
                 continue
             own = thumbnails_NTT[chosen]
             straight = model.distances(own)
-            turned_RN2 = np.stack([model.distances(turn(own)) for turn in TURNS.values()])
-            best = turned_RN2.sum(2).argmin(0)
-            there = turned_RN2[best, np.arange(len(own))]
+            there = model.turned(own)
             better = straight.sum(1) > rules.orientation_ratio * there.sum(1)
             wrong_way = better & (self.tail(there) <= rules.max_tail)
             far = ~wrong_way & (self.tail(straight) > rules.max_tail)
@@ -114,7 +117,7 @@ def fold_of(patient: str) -> int:
 
 
 def fit_reference(thumbnails_NTT: Thumbnails, patients: Sequence[str], rules: QualityConfig) -> Reference | None:
-    """Fit the look of a cohort's normals; None with fewer than `quality.min_reference`, or all in one fold.
+    """Fit the look of a cohort's normals; None with too few, with all in one fold, or where half of them seem turned.
 
     Args:
         thumbnails_NTT: of normals.
@@ -124,13 +127,21 @@ def fit_reference(thumbnails_NTT: Thumbnails, patients: Sequence[str], rules: Qu
     folds_N = np.array([fold_of(patient) for patient in patients], dtype=np.int64)
     if len(folds_N) < rules.min_reference or len(set(folds_N.tolist())) < 2:
         return None
+    straight_N = np.ones(len(folds_N), dtype=bool)
     models: list[_Model] = []
-    held_out: list[Floats] = []
-    for fold in range(FOLDS):
-        model = _fit(thumbnails_NTT[folds_N != fold], rules.components)
-        models.append(model)
-        held_out.append(model.distances(thumbnails_NTT[folds_N == fold]))
-    logs_N2 = np.log(np.concatenate(held_out))
+    distances_N2 = np.empty((len(folds_N), 2))
+    for _ in range(2):  # the second time without those that the first found turned
+        models = [_fit(thumbnails_NTT[straight_N & (folds_N != fold)], rules.components) for fold in range(FOLDS)]
+        turned_N = np.zeros(len(folds_N), dtype=bool)
+        for fold, model in enumerate(models):
+            held_out = thumbnails_NTT[folds_N == fold]
+            distances_N2[folds_N == fold] = model.distances(held_out)
+            better = model.distances(held_out).sum(1) > rules.orientation_ratio * model.turned(held_out).sum(1)
+            turned_N[folds_N == fold] = better
+        straight_N = ~turned_N
+        if straight_N.mean() < 0.5:
+            return None
+    logs_N2 = np.log(distances_N2[straight_N])
     location = np.median(logs_N2, axis=0)
     spread = np.quantile(logs_N2, 0.8413, axis=0) - location
     return Reference(tuple(models), location, np.maximum(spread, _LEAST), len(folds_N))
