@@ -11,10 +11,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from memmc.config import ModelConfig
 from memmc.model.attention import MLP, MemoryAttention, head_dim
+from memmc.model.gated_attention import gated_level_attention
 from memmc.model.levels import level_indices
 from memmc.model.patches import sincos_positions
 
@@ -54,10 +55,9 @@ class LevelCrossAttention(nn.Module):
 
     The last two read C_l through its parts c_lj, which hold all that C_l holds. As O is linear and has
     no bias, ``sum_l sum_j a_lj O_j c_lj = O [sum_l a_l1 c_l1; ..; sum_l a_lh c_lh]``: the projection is
-    applied once, behind the sum over levels. And ``sum_l a_lj P_lj V_lj`` is one matmul over the
-    slots of all levels with the attention weights P scaled by their gate, so no c_lj is ever
-    written out: ``u_lj c_lj = P_lj (V_lj u_lj)`` needs one more column per level. The cost of S levels is then
-    that of one longer context, where channel gates cost 3 S E^2 L.
+    applied once, behind the sum over levels, where channel gates cost 3 S E^2 L. And ``sum_l a_lj P_lj V_lj`` is one
+    matmul over the tokens of all levels with the attention weights P scaled by their gates, so no c_lj is ever
+    written out: ``u_lj c_lj = P_lj (V_lj u_lj)``. The cost of S levels is that of one longer context.
 
     A single level has no gate: plain cross-attention [choice].
 
@@ -78,50 +78,34 @@ class LevelCrossAttention(nn.Module):
             bound = math.sqrt(6.0 / (dim + num_gates))
             self.gate_context_weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
-    def attend(self, query_BLE: Tensor, levels_BSNE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return attention weights (B, h, L, S, N), each level summing to 1, and values (B, h, S * N, d).
+    def forward(self, query_BLE: Tensor, levels_BSNE: Tensor) -> Tensor:
+        """Return the update of the queries, shape (B, L, E).
 
-        One projection of the queries, one of all levels' keys and values, one matmul for all scores.
+        One projection of the queries, one of all levels' keys and values, one attention to all levels.
         """
         batch, levels, slots, _ = levels_BSNE.shape
         length = query_BLE.shape[1]
-        query = self.query(query_BLE) * self.head_dim**-0.5
-        query = query.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-        key_value = self.key_value(levels_BSNE).view(batch, levels * slots, 2, self.heads, self.head_dim)
-        key, value = key_value.permute(2, 0, 3, 1, 4).unbind(0)
-        scores = query @ key.transpose(-1, -2)
-        weights = scores.view(batch, self.heads, length, levels, slots).softmax(-1)
-        return weights.to(value.dtype), value
-
-    def forward(self, query_BLE: Tensor, levels_BSNE: Tensor) -> Tensor:
-        """Return the update of the queries, shape (B, L, E)."""
-        weights, value = self.attend(query_BLE, levels_BSNE)
+        query_BLhd = self.query(query_BLE).view(batch, length, self.heads, self.head_dim)
+        kv_BT2hd = self.key_value(levels_BSNE).view(batch, levels * slots, 2, self.heads, self.head_dim)
         if self.levels > 1 and self.gate == "channel":
-            return self._sum_by_channel(query_BLE, weights, value)
-        if self.levels > 1:
-            weights = weights * self._gates(query_BLE, weights, value)
-        context = weights.flatten(3) @ value
-        return self.projection(context.transpose(1, 2).flatten(2)) * self.levels**-0.5
+            return self._sum_by_channel(query_BLE, query_BLhd, kv_BT2hd)
+        if self.levels == 1:
+            key_BhTd, value_BhTd = kv_BT2hd.permute(2, 0, 3, 1, 4).unbind(0)
+            attended = scaled_dot_product_attention(query_BLhd.transpose(1, 2), key_BhTd, value_BhTd).transpose(1, 2)
+        else:
+            gate_BGLS = self.gate_query(query_BLE).view(batch, length, levels, -1).permute(0, 3, 1, 2)
+            attended = gated_level_attention(query_BLhd, kv_BT2hd, gate_BGLS, self.gate_context_weight)
+        return self.projection(attended.flatten(2)) * self.levels**-0.5
 
-    def _gates(self, query_BLE: Tensor, weights: Tensor, value: Tensor) -> Tensor:
-        """Return head or scalar gates, shape (B, h or 1, L, S, 1)."""
-        batch, heads, length, levels, slots = weights.shape
-        values = value.view(batch, heads, levels, slots, self.head_dim)
-        columns = torch.einsum("bhsnd,shd->bhsn", values, self.gate_context_weight.to(value.dtype))
-        columns = torch.diag_embed(columns.transpose(-1, -2)).transpose(2, 3).flatten(2, 3)
-        context_half = weights.flatten(3) @ columns
-        if self.gate == "scalar":
-            context_half = context_half.sum(1, keepdim=True)
-        query_half = self.gate_query(query_BLE).view(batch, length, levels, -1).permute(0, 3, 1, 2)
-        return torch.sigmoid(query_half + context_half)[..., None]
-
-    def _sum_by_channel(self, query_BLE: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+    def _sum_by_channel(self, query_BLE: Tensor, query_BLhd: Tensor, kv_BT2hd: Tensor) -> Tensor:
         """Return (1/sqrt(S)) sum_l a_l * C_l with one gate per channel."""
-        batch, heads, length, levels, slots = weights.shape
-        values = value.view(batch, heads, levels, slots, self.head_dim).transpose(1, 2)
-        contexts = (weights.permute(0, 3, 1, 2, 4) @ values).permute(1, 0, 3, 2, 4).reshape(levels, -1, self.dim)
-        contexts = contexts @ self.projection.weight.t()
-        query_half = self.gate_query(query_BLE).view(batch * length, levels, self.dim).transpose(0, 1)
+        batch, length, heads, width = query_BLhd.shape
+        key_value = kv_BT2hd.view(batch, self.levels, -1, 2, heads, width).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)
+        query = query_BLhd.transpose(1, 2)[:, None].expand(-1, self.levels, -1, -1, -1).flatten(0, 1)
+        contexts = scaled_dot_product_attention(query, key_value[0], key_value[1])
+        contexts = contexts.view(batch, self.levels, heads, length, width).permute(1, 0, 3, 2, 4)
+        contexts = contexts.reshape(self.levels, -1, self.dim) @ self.projection.weight.t()
+        query_half = self.gate_query(query_BLE).view(batch * length, self.levels, self.dim).transpose(0, 1)
         gates = torch.baddbmm(query_half, contexts, self.gate_context_weight.transpose(1, 2)).sigmoid()
         return (gates * contexts).sum(0).view(batch, length, self.dim) * self.levels**-0.5
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from reference_model import chosen_levels, reference_model
 from torch import Tensor
 
 from memmc.config import ModelConfig
+from memmc.model import gated_attention
 from memmc.model.levels import level_indices
 from memmc.model.mae import MemMCMAE
 from memmc.model.masking import random_ids_keep
@@ -25,6 +27,15 @@ OPTIONS = (
     + [{"bottleneck_slots": 6, "cross_attention": False, "memory_slots": 0}, {"bottleneck_slots": 6, "gate": "head"}]
     + [{"mlp_ratio": 1.5, "mask_ratio": 0.4, "gate": "head"}]
 )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The literal model is thousands of tiny operations: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def build(image_size: int, channels: int, dtype: torch.dtype, **changes: object) -> MemMCMAE:
@@ -43,16 +54,17 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1.0))
 
 
-def difference(model: MemMCMAE, batch: int = 2) -> dict[str, float]:
+def difference(model: MemMCMAE, batch: int = 2, literal: MemMCMAE | None = None) -> dict[str, float]:
     """Largest differences of prediction, loss and every gradient, relative where a value exceeds 1."""
-    generator = torch.Generator().manual_seed(1)
+    generator, literal = torch.Generator().manual_seed(1), literal or model
     dtype = next(model.parameters()).dtype
     images = torch.randn(batch, model.channels, model.image_size, model.image_size, generator=generator).to(dtype)
     ids = random_ids_keep(batch, model.num_patches, model.num_keep, generator)
     output = model(images, ids)
-    loss, pred = reference_model(model, images, ids)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    ours, theirs = (torch.autograd.grad(value, parameters) for value in (output.loss, loss))
+    loss, pred = reference_model(literal, images, ids)
+    ours = torch.autograd.grad(output.loss, list(model.parameters()))
+    theirs = torch.autograd.grad(loss, list(literal.parameters()))
+    names = [name for name, _ in model.named_parameters()]
     gradients = {name: relative(mine, other) for name, mine, other in zip(names, ours, theirs, strict=True)}
     return {"pred": relative(output.pred_BLP, pred), "loss": relative(output.loss, loss), **gradients}
 
@@ -71,21 +83,38 @@ def test_every_size_equals_the_literal_model(size: int, patch: int, channels: in
 
 
 @pytest.mark.parametrize("broken", ["gate_context_weight", "memory_value", "class_token"])
-def test_the_comparison_notices_a_small_error(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_notices_a_small_error(broken: str) -> None:
     """Control: the literal model gets one value that is off by 1e-3."""
-    import reference_model as module
-
     model = build(16, 1, torch.float32, gate="head")
+    literal = copy.deepcopy(model)
+    with torch.no_grad():
+        next(tensor for name, tensor in literal.named_parameters() if broken in name).view(-1)[0] += 1e-3
+    assert max(difference(model, literal=literal).values()) > 1e-5
 
-    def spoiled(reference: MemMCMAE, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        tensors = dict(itertools.chain(reference.named_parameters(), reference.named_buffers()))
-        target = next(tensor for name, tensor in tensors.items() if broken in name)
-        with torch.no_grad():
-            target.view(-1)[0] += 1e-3
-        return module.reference_model(reference, *inputs)
 
-    monkeypatch.setitem(globals(), "reference_model", spoiled)
-    assert max(difference(model).values()) > 1e-5
+@pytest.mark.parametrize("gate", ["head", "scalar"])
+def test_chunks_change_nothing(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_attention, "CHUNK_BYTES", 1)
+    found = difference(build(16, 1, torch.float64, gate=gate), batch=3)
+    assert max(found.values()) <= 1e-12
+
+
+@pytest.mark.parametrize("gate", ["head", "scalar"])
+def test_traced_graphs_compute_the_same(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert max(difference(build(16, 1, torch.float64, gate=gate)).values()) <= 1e-12
+
+
+@pytest.mark.parametrize("gate", ["channel", "head", "scalar"])
+def test_attention_weights_do_not_outlive_a_block(gate: str) -> None:
+    """Control: a tensor of one number per query, token and head, kept for the backward pass, would be found."""
+    model = build(32, 1, torch.float32, gate=gate, encoder_depth=8)
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: (sizes.append(saved.numel()), saved)[1], lambda x: x):
+        model(torch.randn(2, 1, 32, 32), generator=torch.Generator().manual_seed(0))
+    weights = 2 * model.config.decoder_heads * (1 + model.num_patches) * 8 * (1 + model.num_keep)
+    assert weights not in sizes
+    assert max(sizes) < weights
 
 
 @pytest.mark.parametrize("levels", ["all", "last", "every_1", "every_2", "every_3", "every_5", "every_99"])
