@@ -91,7 +91,6 @@ def steps_of(feed: Feed, steps: int, rank: int = 0, workers: int = 1, sync: Any 
 
 def epoch(rounds: int, images: int) -> bool:
     """One epoch each of the three feeds, in turns, one core for the loop."""
-    import ray
     import torch
 
     from memmc.pipeline.cluster import ray_cluster
@@ -100,7 +99,7 @@ def epoch(rounds: int, images: int) -> bool:
     torch.set_num_threads(1)
     with (
         tempfile.TemporaryDirectory(prefix="f") as folder,
-        ray_cluster(CONFIG, Path(folder) / ".memmc", training=False),
+        ray_cluster(CONFIG, Path(folder) / ".memmc", training=False) as ray,
     ):
         lake = make_lake(Path(folder) / "lake", images, 8)
         files, keys = lake.files("instances"), [f"{number:064x}" for number in range(images)]
@@ -187,12 +186,10 @@ def plan(folder: Path, images: int) -> None:
     """What the driver of a training does with shards; prints its peak memory, MB."""
     import resource
 
-    import ray
-
     from memmc.pipeline.cluster import ray_cluster
     from memmc.training.source import ShardSource
 
-    with ray_cluster(CONFIG, folder / ".memmc", training=False):
+    with ray_cluster(CONFIG, folder / ".memmc", training=False) as ray:
         lake = Lake(folder / "lake")
         keys = [f"{number:064x}" for number in range(images)]
         source = ShardSource.open(ray, lake.storage, "instances", lake.files("instances"), keys, cached=False)
