@@ -142,7 +142,8 @@ def main() -> int:
         print(
             f"{result['mode']:<26} AUROC {result['auroc']:.3f} ({result['low']:.3f} - {result['high']:.3f})  "
             f"over paper {result['gain']:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})  "
-            f"{result['images_per_s']:7.1f} images/s ({speed:.2f} x paper; {result['whole_of_forward']:.2f} of the forward passes)"
+            f"{result['images_per_s']:7.1f} images/s ({speed:.2f} x paper; "
+            f"{result['whole_of_forward']:.2f} of the forward passes)"
         )
     counts = {"held_out": held_pixels.num_rows, "normal": int((~labels).sum()), "abnormal": int(labels.sum())}
     print(json.dumps({"model": model.ref, **counts, "device": args.device, "modes": results}))

@@ -78,18 +78,23 @@ def evaluate(result: EvaluationResult) -> str:
         f"({result.false_positive_rate_low:.1%} - {result.false_positive_rate_high:.1%}), "
         f"chosen {result.chosen_false_positive_rate:.1%}; sensitivity {result.sensitivity:.1%}",
     ]
+    lines += [
+        f"  at specificity {item['specificity']:.0%}  sensitivity {item['sensitivity']:.1%}  "
+        f"({item['interval']['low']:.1%} - {item['interval']['high']:.1%})"
+        for item in result.sensitivity_at
+    ]
     if result.pixel_auroc is not None:
         lines.append(f"  pixel AUROC        {result.pixel_auroc:.3f}")
-    lines += [f"  without a model    {value:.3f}  {name}" for name, value in sorted(result.controls.items())]
-    return "\n".join(lines)
-
-
-def plan(result: PlanResult) -> str:
     if result.boxes is not None:
         lines.append(
             f"  top region         finds a box in {result.boxes['hit_rate']:.1%} of images; a random box of its size "
             f"{result.boxes['hit_rate_random_box']:.1%}, one in the middle {result.boxes['hit_rate_centre_prior']:.1%}"
         )
+    lines += [f"  without a model    {value:.3f}  {name}" for name, value in sorted(result.controls.items())]
+    return "\n".join(lines)
+
+
+def plan(result: PlanResult) -> str:
     """What a dry run found."""
     return "\n".join(f"  {count:8d}  {what}" for what, count in result.counts.items())
 

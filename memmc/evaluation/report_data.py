@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from memmc.evaluation.boxes import BoxFigures
 from memmc.evaluation.controls import ControlResult
 from memmc.evaluation.metrics import Evaluation, FloatArray, Interval
+from memmc.evaluation.operating import RatePoint, SensitivityAt
 
 Label = Literal["normal", "abnormal", "unknown"]
 ImageArray = NDArray[np.floating]
@@ -200,16 +201,16 @@ class Localisation:
 
     Attributes:
         num_images: images with a mask.
-    """
         dice: at the calibrated level; None where the calibration names none.
         controls: the same figures, by name, of the maps' values moved elsewhere (`localisation.pixel_figures`).
+    """
 
     num_images: int
     pixel_auroc: float
     aupro: float | None = None
-
     dice: float | None = None
     controls: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict[str, Mapping[str, float | None]])
+
 
 @dataclass(frozen=True)
 class ReportData:
@@ -223,6 +224,9 @@ class ReportData:
         num_patients: patients of the scored images.
         evaluation: None where no labels exist or a class is missing.
         controls: of the evaluated images, best first.
+        sensitivities: at fixed specificities.
+        rates: promised and observed false-positive rates.
+        not_scored: instances without a score, by reason code.
     """
 
     cohort: str
@@ -236,11 +240,14 @@ class ReportData:
     evaluation: Evaluation | None = None
     controls: tuple[ControlResult, ...] = ()
     localisation: Localisation | None = None
+    boxes: BoxFigures | None = None
     groups: tuple[GroupResult, ...] = ()
+    sensitivities: tuple[SensitivityAt, ...] = ()
+    rates: tuple[RatePoint, ...] = ()
+    not_scored: Mapping[str, int] = field(default_factory=dict[str, int])
     most_abnormal: tuple[Case, ...] = ()
     calmest_normals: tuple[Case, ...] = ()
     typical_normals: tuple[Case, ...] = ()
-    boxes: BoxFigures | None = None
     missed_abnormals: tuple[Case, ...] = ()
     flagged_normals: tuple[Case, ...] = ()
     ingest: tuple[IngestCount, ...] = ()

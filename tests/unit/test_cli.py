@@ -24,7 +24,7 @@ VERBS = {
     "sweep",
     "export",
 }
-VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label", "maps", "explain", "cohort"}
+VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label", "maps", "explain", "cohort", "compare"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
