@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from datetime import UTC, datetime
 
 import pytest
-from dicom_instances import KEY, policy
+from dicom_instances import KEY, dataset, encoded, policy
 
 from memmc.config import Config, SourceConfig
+from memmc.dicom.sandbox import Sandbox
 from memmc.errors import StorageError
 from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
@@ -20,6 +22,7 @@ from memmc.pipeline.labels import StatedLabels
 from memmc.sources.dicomweb import DicomWebSource
 from memmc.sources.http import Access
 from memmc.sources.objects import FetchFailed, SourceObject
+from memmc.sources.open import open_source
 
 SOURCE = "orthanc+http://host:8042"
 
@@ -100,6 +103,26 @@ def test_a_passing_failure_does_not_stand_for_an_object_without_versions(job):
     ):
         assert (keys(job, reason, modified) != keys(later, reason, modified)) is tried_again
     assert "hunter2" not in repr(job)
+
+
+def test_every_member_of_a_zip_file_gets_one_row(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_chunk, "sandbox_for", lambda policy: sandbox)
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as out:
+        out.writestr("a/1.dcm", encoded(dataset()))
+        out.writestr("../2.dcm", encoded(dataset()))
+        out.writestr("nested.zip", b"PK\x03\x04" + bytes(300))
+        out.writestr("readme.txt", b"no image\n" * 99)
+    place = open_source(str(path), SourceConfig(), {})
+    with Sandbox(job.policy) as sandbox:
+        rows = list(rows_of(dataclasses.replace(job, source=place), place.listing(None, lambda _: True).objects))
+    assert [(row["outcome"], row["reason"]) for row in rows] == [
+        ("stored", None),
+        ("quarantined", "FILE_PATH_ESCAPE"),
+        ("quarantined", "FILE_ARCHIVE_NESTED"),
+        ("quarantined", "FILE_NOT_DICOM"),
+    ]
+    assert len({row["object_key"] for row in rows}) == 4
 
 
 @pytest.mark.parametrize("reason", ["STORE_AUTH", "STORE_TIMEOUT"])
