@@ -1,7 +1,9 @@
 """The flows on a real local server; the pipeline's functions are replaced only to inject faults and to be quick."""
 
+import base64
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import urllib.request
 import pytest
 
 from memmc.config import load_config
-from memmc.errors import DataError, GateRefused, PreprocessMismatch, StorageError, UsageError
+from memmc.errors import DataError, GateRefused, IdentityKeyError, PreprocessMismatch, StorageError, UsageError
 from memmc.pipeline.progress import Silent
 from memmc.pipeline.results import EvaluationResult, IngestResult, ReportResult, ScoreResult, TrainResult
 
@@ -152,6 +154,33 @@ def test_ingest_runs_as_a_flow_with_its_account_shown(home, client, monkeypatch)
     assert '"reason PARSE_LENGTH", "objects": 1' in shown["ingest-cxr"].data
     assert "10 objects listed, 9 new" in logs_of(client, run, "9 new")
     assert list(task_runs_of(client, run, 1)) == ["ingest-objects"]
+
+
+def test_a_secret_block_reaches_the_step_in_memory_alone(home, client, monkeypatch):
+    from prefect.blocks.system import Secret
+
+    from flows import ingest
+    from memmc.pipeline.custody import handed_over
+
+    key, held = secrets.token_hex(32), []
+    Secret(value=key).save("identity", overwrite=True)
+
+    def step(*_, **__):
+        held.append(handed_over())
+        return ACCOUNT
+
+    fake(monkeypatch, "ingest", step)
+    config = load_config(overrides=["deid.key_secret=identity"])
+    assert ingest.run(config, "/data", "cxr", home=home, progress=Silent()) == ACCOUNT
+    assert held == [key.encode()]
+    assert handed_over() is None
+    run = newest_run(client)
+    assert run.parameters["config"] == {"deid": {"key_secret": "identity"}}
+    for form in (key, key.encode().hex(), base64.b64encode(key.encode()).decode()):
+        assert form not in run.model_dump_json() + logs_of(client, run, "Finished")
+    with pytest.raises(IdentityKeyError, match="key_secret"):
+        ingest.run(load_config(overrides=["deid.key_secret=absent"]), "/data", "cxr", home=home, progress=Silent())
+    assert len(held) == 1
 
 
 def test_a_place_out_of_reach_is_tried_again(home, client, monkeypatch):
