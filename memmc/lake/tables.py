@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -432,7 +433,7 @@ def _remove_action(table: str, file: DataFile) -> Any:
 def _storage_error(error: Exception) -> StorageError:
     """Name the place and the remedy; the library's text holds paths and is dropped."""
     text = str(error).lower()
-    if any(word in text for word in ("403", "forbidden", "accessdenied", "401", "credential")):
+    if re.search(r"\b40[13]\b|forbidden|accessdenied|credential", text):
         return StorageError("table storage: access refused; check AWS_ACCESS_KEY_ID, its secret and its rights")
     if "no space" in text:
         return StorageError("table storage: full; free space and run again")
