@@ -23,6 +23,8 @@ from memmc.model.patches import sincos_positions
 class LevelAdapters(nn.Module):
     """``X~_l = Linear_l(LayerNorm_l(X_l))``, D -> E, all levels in one batched matmul.
 
+    The norm's scale and shift are folded into the matrix, which is smaller than the tokens.
+
     Source: [choice] one adapter per level, since the outputs of pre-norm blocks are not normalised.
     """
 
@@ -38,8 +40,9 @@ class LevelAdapters(nn.Module):
     def forward(self, levels: list[Tensor]) -> Tensor:
         """Return the adapted levels, shape (S, B, N, E), from S tensors of shape (B, N, D)."""
         batch, length, _ = levels[0].shape
-        stacked = layer_norm(torch.stack(levels), (self.encoder_dim,)).flatten(1, 2)
-        adapted = torch.baddbmm(self.bias, stacked * self.norm_weight + self.norm_bias, self.weight)
+        normed = layer_norm(torch.stack(levels), (self.encoder_dim,)).flatten(1, 2)
+        weight = self.norm_weight.transpose(1, 2) * self.weight
+        adapted = torch.baddbmm(torch.baddbmm(self.bias, self.norm_bias, self.weight), normed, weight)
         return adapted.view(len(levels), batch, length, -1)
 
 
@@ -93,8 +96,8 @@ class LevelCrossAttention(nn.Module):
             key_BhTd, value_BhTd = kv_BT2hd.permute(2, 0, 3, 1, 4).unbind(0)
             attended = scaled_dot_product_attention(query_BLhd.transpose(1, 2), key_BhTd, value_BhTd).transpose(1, 2)
         else:
-            gate_BGLS = self.gate_query(query_BLE).view(batch, length, levels, -1).permute(0, 3, 1, 2)
-            attended = gated_level_attention(query_BLhd, kv_BT2hd, gate_BGLS, self.gate_context_weight)
+            gate_BLSG = self.gate_query(query_BLE).view(batch, length, levels, -1)
+            attended = gated_level_attention(query_BLhd, kv_BT2hd, gate_BLSG, self.gate_context_weight)
         return self.projection(attended.flatten(2)) * self.levels**-0.5
 
     def _sum_by_channel(self, query_BLE: Tensor, query_BLhd: Tensor, kv_BT2hd: Tensor) -> Tensor:
