@@ -226,7 +226,8 @@ class QualityConfig(Section):
         default=7, ge=0, le=64, description="Hash bits in which two pictures that are the same may differ."
     )
     duplicate_correlation: Fraction = Field(
-        default=0.99, description="Correlation of thumbnails from which on two pictures are the same."
+        default=0.98,
+        description="Correlation of two thumbnails, less the cohort's mean, from which on they show the same picture.",
     )
 
 

@@ -152,3 +152,16 @@ def test_copies_of_another_patient_are_found_whatever_was_done_to_them():
     same_patient = [f"p{n}" for n in range(60)] + [f"p{n}" for n in range(20)]
     assert duplicates(hashes, pictures, same_patient, RULES) == set()
     assert duplicates([], pictures[:0], [], RULES) == set()
+    few = [0, 1, 60, 0]  # the third is the first, softer; the fourth is the first itself
+    found = duplicates([hashes[n] for n in few], pictures[few], ["a", "b", "c", "d"], RULES)
+    assert found in ({3}, {2, 3})
+
+
+def test_patients_who_stand_alike_are_no_copies():
+    """Thumbnails as they are correlate by more than 0.98 among pictures that share most of what they show."""
+    alike = [np.rint(0.85 * chest(0) + 0.15 * chest(n)).astype(np.uint16) for n in range(1, 81)]
+    looks = [look(image, TOP, 500, 500, RULES) for image in alike]
+    pictures = thumbnails_from_bytes([one.thumbnail for one in looks])
+    flat = pictures.reshape(80, -1)
+    assert np.sort((flat @ flat.T / flat.shape[1])[np.triu_indices(80, 1)])[-100] > 0.98
+    assert duplicates([looks[0].perceptual_hash] * 80, pictures, [f"p{n}" for n in range(80)], RULES) == set()
