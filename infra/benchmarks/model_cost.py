@@ -62,8 +62,10 @@ def step_cost(config: ModelConfig, image_size: int, channels: int = 1) -> StepCo
     tokens, queries = model.num_keep + 1, model.num_patches + 1
     values, levels = config.patch_size**2 * channels, len(level_indices(config))
     encoder_attention = 2 * tokens * (tokens + config.memory_slots) * dim
+    if not config.decoder_self_attention:
+        queries = model.num_patches - model.num_keep
     parts = {
-        "embedding and head": model.num_keep * values * dim + model.num_patches * values * width,
+        "embedding and head": model.num_keep * values * dim + queries * values * width,
         "encoder": config.encoder_depth * (tokens * (4 + 2 * ratio) * dim**2 + encoder_attention),
         "level adapters": levels * tokens * dim * width,
         "decoder MLP": config.decoder_depth * queries * 2 * ratio * width**2,

@@ -17,6 +17,7 @@ from memmc.config import ModelConfig
 from memmc.model.attention import MLP, MemoryAttention, head_dim
 from memmc.model.gated_attention import gated_level_attention
 from memmc.model.levels import level_indices
+from memmc.model.masking import mask_from_ids_keep
 from memmc.model.patches import sincos_positions
 
 
@@ -117,7 +118,7 @@ class DecoderBlock(nn.Module):
     """Self-attention, multi-level cross-attention, MLP, each a pre-norm residual.
 
     Source: [abstract, M2]; [choice] pre-norm. Without cross-attention a block of [MAE]; without self-attention [choice]
-    removed patches do not see each other.
+    patches do not hear of each other.
     """
 
     def __init__(self, config: ModelConfig, levels: int) -> None:
@@ -155,7 +156,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, patch_values: int, side: int) -> None:
         super().__init__()
         dim = config.decoder_dim
-        self.level_indices = level_indices(config)
+        self.level_indices, self.self_attention = level_indices(config), config.decoder_self_attention
         levels = len(self.level_indices)
         self.adapters = LevelAdapters(levels, config.encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
@@ -173,10 +174,23 @@ class Decoder(nn.Module):
         return torch.cat([last_BNE[:, :1], tokens_BLE], dim=1)
 
     def forward(self, levels: list[Tensor], ids_keep_BK: Tensor) -> Tensor:
-        """Return pred_BLP without the class token; trained at removed patches only."""
+        """Return pred_BLP without the class token; trained at removed patches only.
+
+        Without self-attention no token hears another one of the decoder: then only removed patches are decoded, and
+        visible ones are 0.
+        """
         adapted_SBNE = self.adapters([levels[index] for index in self.level_indices])
-        tokens_BLE = self.place(adapted_SBNE[-1], ids_keep_BK)
         levels_BSNE = adapted_SBNE.transpose(0, 1).contiguous()
+        if self.self_attention:
+            tokens_BLE = self.place(adapted_SBNE[-1], ids_keep_BK)
+            return self._blocks(tokens_BLE, levels_BSNE)[:, 1:]
+        mask_BL = mask_from_ids_keep(ids_keep_BK, len(self.positions))
+        ids_removed_BR = mask_BL.topk(mask_BL.shape[1] - ids_keep_BK.shape[1]).indices
+        pred_BRP = self._blocks((self.mask_token + self.positions[ids_removed_BR]).to(adapted_SBNE.dtype), levels_BSNE)
+        pred_BLP = pred_BRP.new_zeros(*mask_BL.shape, pred_BRP.shape[2])
+        return pred_BLP.scatter(1, ids_removed_BR[:, :, None].expand_as(pred_BRP), pred_BRP)
+
+    def _blocks(self, tokens_BLE: Tensor, levels_BSNE: Tensor) -> Tensor:
         for block in self.blocks:
             tokens_BLE = block(tokens_BLE, levels_BSNE)
-        return self.head(self.norm(tokens_BLE[:, 1:]))
+        return self.head(self.norm(tokens_BLE))

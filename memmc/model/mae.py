@@ -29,7 +29,8 @@ class MAEOutput(NamedTuple):
 
     Attributes:
         loss: mean squared error over removed patches, a scalar.
-        pred_BLP: predicted patches; untrained where visible, so never score them there.
+        pred_BLP: predicted patches; untrained where visible (0 without self-attention of the decoder), so never score
+            them there.
         mask_BL: 1 = removed, 0 = kept.
         ids_keep_BK: the visible patches.
     """

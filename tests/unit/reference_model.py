@@ -137,7 +137,11 @@ def decode(model: MemMCMAE, levels: list[Tensor], keep: list[int]) -> Tensor:
         if config.cross_attention:
             tokens = tokens + cross_attention(block.cross_attention, norm(block.norm_cross_attention, tokens), adapted)
         tokens = tokens + mlp(block.mlp, norm(block.norm_mlp, tokens))
-    return linear(decoder.head, norm(decoder.norm, tokens[1:]))
+    prediction = linear(decoder.head, norm(decoder.norm, tokens[1:]))
+    if config.decoder_self_attention:
+        return prediction
+    removed = [patch not in keep for patch in range(model.num_patches)]
+    return prediction * torch.tensor(removed)[:, None]
 
 
 def reference_model(model: MemMCMAE, images: Tensor, ids_keep: Tensor) -> tuple[Tensor, Tensor]:
