@@ -1,6 +1,6 @@
 """Does the promised false-positive rate hold, and on each scanner?
 
-    python infra/benchmarks/calibration.py --lake LAKE --cohort C [--model M] [--resamplings 200] [--gain 0.8]
+    python infra/benchmarks/calibration.py --lake LAKE --cohort C [--model M] [--resamplings 200] [--gain 0.5]
 
 Held-out normals of a real model are scored twice, as they are (scanner A) and with a planted shift of grey values
 (scanner B: gain and offset, as another window or detector would give). Each resampling deals the patients to A and B
@@ -67,12 +67,14 @@ def choose(a: Features, b: Features, is_b_N: np.ndarray, index: np.ndarray) -> F
     )
 
 
-def resample(a: Features, b: Features, patients: list[str], score: ScoreConfig, seed: int) -> dict[str, Any]:
+def resample(
+    a: Features, b: Features, patients: list[str], score: ScoreConfig, share: float, seed: int
+) -> dict[str, Any]:
     """Return the observed rates, and their intervals, of one deal."""
     rng, keys = np.random.default_rng(seed), np.array(patients)
     order = rng.permutation(sorted(set(patients)))
     calibrate_N = np.isin(keys, order[: len(order) // 2])
-    is_b_N = np.isin(keys, rng.permutation(order)[: len(order) // 2])
+    is_b_N = np.isin(keys, rng.permutation(order)[: round(share * len(order))])
     names = np.where(is_b_N, "scanner=B", "scanner=A")
     inside, outside = np.flatnonzero(calibrate_N), np.flatnonzero(~calibrate_N)
     mine = [patients[i] for i in inside]
@@ -102,8 +104,9 @@ def main() -> int:
     parser.add_argument("--model")
     parser.add_argument("--scorer", default="residual_statistics")
     parser.add_argument("--resamplings", type=int, default=200)
-    parser.add_argument("--gain", type=float, default=0.8)
-    parser.add_argument("--offset", type=float, default=0.1)
+    parser.add_argument("--gain", type=float, default=0.5)
+    parser.add_argument("--offset", type=float, default=0.0)
+    parser.add_argument("--share", type=float, default=0.3, help="Of the patients, on scanner B.")
     args = parser.parse_args()
     config, lake = load_config(env=os.environ, overrides=[f"lake.uri={args.lake}"]), Lake(args.lake)
     model = open_model(config, Path.cwd() / ".memmc", args.model)
@@ -114,7 +117,7 @@ def main() -> int:
     b, _ = join_features([actor(shifted(rows, args.gain, args.offset))])
     result: dict[str, Any] = {"model": model.ref, "normals": rows.num_rows, "resamplings": args.resamplings}
     for title, other in (("without shift", a), ("with shift", b)):
-        deals = [resample(a, other, keys.patients, score, seed) for seed in range(args.resamplings)]
+        deals = [resample(a, other, keys.patients, score, args.share, seed) for seed in range(args.resamplings)]
         cases = sorted({case for deal in deals for case in deal})
         print(f"{title}: gain {args.gain}, offset {args.offset}" if other is b else title)
         for case in cases:
