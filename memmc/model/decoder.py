@@ -15,7 +15,7 @@ from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from memmc.config import ModelConfig
 from memmc.model.attention import MLP, MemoryAttention, head_dim
-from memmc.model.gated_attention import gated_level_attention
+from memmc.model.gated_attention import gated_level_attention, level_contexts
 from memmc.model.levels import level_indices
 from memmc.model.masking import mask_from_ids_keep
 from memmc.model.patches import sincos_positions
@@ -103,11 +103,8 @@ class LevelCrossAttention(nn.Module):
 
     def _sum_by_channel(self, query_BLE: Tensor, query_BLhd: Tensor, kv_BT2hd: Tensor) -> Tensor:
         """Return (1/sqrt(S)) sum_l a_l * C_l with one gate per channel."""
-        batch, length, heads, width = query_BLhd.shape
-        key_value = kv_BT2hd.view(batch, self.levels, -1, 2, heads, width).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)
-        query = query_BLhd.transpose(1, 2)[:, None].expand(-1, self.levels, -1, -1, -1).flatten(0, 1)
-        contexts = scaled_dot_product_attention(query, key_value[0], key_value[1])
-        contexts = contexts.view(batch, self.levels, heads, length, width).permute(1, 0, 3, 2, 4)
+        batch, length, _, _ = query_BLhd.shape
+        contexts = level_contexts(query_BLhd, kv_BT2hd, self.levels).transpose(0, 1)
         contexts = contexts.reshape(self.levels, -1, self.dim) @ self.projection.weight.t()
         query_half = self.gate_query(query_BLE).view(batch * length, self.levels, self.dim).transpose(0, 1)
         gates = torch.baddbmm(query_half, contexts, self.gate_context_weight.transpose(1, 2)).sigmoid()

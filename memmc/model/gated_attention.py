@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
 
 CHUNK_BYTES = 4 << 20
-"""Attention weights held at once on a CPU: they stay in its last cache while a dozen operations pass over them."""
+"""Attention weights held at once: they stay in a CPU's last cache while a dozen operations pass over them."""
 
 
 def gated_level_attention(query_BLhd: Tensor, kv_BT2hd: Tensor, gate_BLSG: Tensor, context_Shd: Tensor) -> Tensor:
     """Return ``sum_l a_l P_l V_l`` of every head, shape (B, L, h, d).
 
-    ``P_l = softmax(Q K_l^T / sqrt(d))``, ``a_l = sigmoid(q_l + P_l V_l u_l)``. A traced graph gets plain operations,
-    which its compiler fuses; else `GatedLevelAttention` computes the same.
+    ``P_l = softmax(Q K_l^T / sqrt(d))``, ``a_l = sigmoid(q_l + P_l V_l u_l)``. Fused kernels write the contexts
+    ``P_l V_l`` of all levels and no weights: best where bytes are dear, on a GPU, and fit for a traced graph. On a
+    CPU they are slow for short levels, and `GatedLevelAttention` computes the same.
 
     Args:
         query_BLhd: Q.
@@ -33,15 +35,22 @@ def gated_level_attention(query_BLhd: Tensor, kv_BT2hd: Tensor, gate_BLSG: Tenso
         gate_BLSG: q, the half of the gates that depends on the queries.
         context_Shd: u, which turns a context into the other half.
     """
-    gate_BGSL = gate_BLSG.permute(0, 3, 2, 1)
-    if not torch.compiler.is_compiling():
+    if query_BLhd.device.type == "cpu" and not torch.compiler.is_compiling():
+        gate_BGSL = gate_BLSG.permute(0, 3, 2, 1)
         return GatedLevelAttention.apply(query_BLhd, kv_BT2hd, gate_BGSL, context_Shd)  # pyright: ignore[reportReturnType]
-    query_BhLd, key_BhTd, value_BhTd = _heads_first(query_BLhd, kv_BT2hd)
-    scores = key_BhTd @ (query_BhLd * query_BhLd.shape[-1] ** -0.5).transpose(-1, -2)
-    weights = scores.unflatten(2, (len(context_Shd), -1)).softmax(3)
-    half_BhSL = (weights * _columns(value_BhTd, context_Shd)).sum(3)
-    weights = weights * (gate_BGSL + _per_gate(half_BhSL, gate_BGSL)).sigmoid()[:, :, :, None]
-    return (weights.flatten(2, 3).to(value_BhTd.dtype).transpose(-1, -2) @ value_BhTd).transpose(1, 2)
+    context_BSLhd = level_contexts(query_BLhd, kv_BT2hd, len(context_Shd))
+    half_BSLh = torch.einsum("bslhd,shd->bslh", context_BSLhd, context_Shd.to(context_BSLhd.dtype))
+    if gate_BLSG.shape[3] == 1:
+        half_BSLh = half_BSLh.sum(3, keepdim=True)
+    gate_BSLG = (gate_BLSG.transpose(1, 2) + half_BSLh).sigmoid()
+    return (gate_BSLG[..., None] * context_BSLhd).sum(1)
+
+
+def level_contexts(query_BLhd: Tensor, kv_BT2hd: Tensor, levels: int) -> Tensor:
+    """Return ``P_l V_l`` of all levels from one fused attention call, levels beside images, shape (B, S, L, h, d)."""
+    kv = kv_BT2hd.unflatten(1, (levels, -1)).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)
+    query = query_BLhd.transpose(1, 2)[:, None].expand(-1, levels, -1, -1, -1).flatten(0, 1)
+    return scaled_dot_product_attention(query, kv[0], kv[1]).transpose(1, 2).unflatten(0, (-1, levels))
 
 
 class GatedLevelAttention(torch.autograd.Function):
@@ -115,13 +124,12 @@ def _chunks(
 ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Yield slices of images, and for each the same buffers (B, h, S, N, L), in float32 at least.
 
-    On a CPU a buffer is at most `CHUNK_BYTES`, or one image's; elsewhere one slice holds all images.
+    A buffer is at most `CHUNK_BYTES`, or one image's.
     """
     batch, length, heads, _ = query_BLhd.shape
     dtype = torch.promote_types(query_BLhd.dtype, torch.float32)
-    shape, size = (heads, levels, kv_BT2hd.shape[1] // levels, length), batch
-    if query_BLhd.device.type == "cpu":
-        size = min(batch, max(1, CHUNK_BYTES // (dtype.itemsize * math.prod(shape))))
+    shape = (heads, levels, kv_BT2hd.shape[1] // levels, length)
+    size = min(batch, max(1, CHUNK_BYTES // (dtype.itemsize * math.prod(shape))))
     memory = torch.empty((buffers, size, *shape), dtype=dtype, device=query_BLhd.device)
     for start in range(0, batch, size):
         yield slice(start, start + size), memory[:, : min(size, batch - start)].unbind(0)

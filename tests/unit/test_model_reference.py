@@ -100,7 +100,7 @@ def test_chunks_change_nothing(gate: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("gate", ["head", "scalar"])
-def test_traced_graphs_compute_the_same(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_form_for_gpus_and_traced_graphs_is_the_same(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert max(difference(build(16, 1, torch.float64, gate=gate)).values()) <= 1e-12
 
