@@ -41,7 +41,8 @@ def init(
             result,
             lambda: (
                 f"{result.public_key_file}: set deid.vault_public_key_file to it, and deid.vault_uri to a place "
-                f"outside the lake\n{result.private_key_file}: keep it, and a copy, away from both (key {result.vault_key_id})"
+                f"outside the lake\n{result.private_key_file}: keep it, and a copy, away from both "
+                f"(key {result.vault_key_id})"
             ),
         )
 

@@ -157,6 +157,6 @@ def _pixels(maps: Iterable[ArrayLike], masks: Iterable[ArrayLike]) -> Iterator[t
 
 
 def _order(half: NDArray[np.float16]) -> NDArray[np.uint16]:
-    """Return integers in the order of float16 values."""
-    bits = half.view(np.uint16)
+    """Return integers in the order of float16 values; both zeros are one."""
+    bits = (half + np.float16(0)).view(np.uint16)
     return np.where(bits & 0x8000, ~bits, bits | 0x8000).astype(np.uint16)

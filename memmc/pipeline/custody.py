@@ -49,8 +49,11 @@ def handed_over() -> bytes | None:
     return _held[0].encode() if _held else None
 
 
-def check_private(path: Path) -> None:
-    """Refuse a key file that others than its owner may read; one that is not there passes.
+def check_private(path: Path) -> str | None:
+    """Refuse a key file that others than its owner may change; one that is not there passes.
+
+    Returns:
+        What to say when others may read it, as they may where a cluster mounts secrets for a group; else None.
 
     Raises:
         IdentityKeyError: with the command that mends it.
@@ -58,9 +61,12 @@ def check_private(path: Path) -> None:
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
     except OSError:
-        return
-    if mode & 0o077:
+        return None
+    if mode & 0o022:
         raise IdentityKeyError(
-            f"the identity key's file can be read or changed by others (mode {mode:04o}); run 'chmod 600' on it, and "
+            f"the identity key's file can be changed by others (mode {mode:04o}); run 'chmod 600' on it, and "
             "make a new key (infra/docs/keys.md) if others had access"
         )
+    if mode & 0o044:
+        return f"Others can read the identity key's file (mode {mode:04o}): run 'chmod 600' on it."
+    return None

@@ -24,9 +24,9 @@ def identity_key(config: Config, home: Path, progress: Progress | None = None) -
     """Return the identity key; make a throw-away one when none is handed over or named.
 
     Raises:
-        IdentityKeyError: the named file cannot be read, can be read by others, or the key is too short.
+        IdentityKeyError: the named file cannot be read, can be changed by others, or the key is too short.
     """
-    key = _given_key(config)
+    key = _given_key(config, progress)
     if key is not None:
         return key
     path = home / _THROW_AWAY
@@ -55,7 +55,7 @@ def held_key(config: Config, home: Path) -> bytes | None:
     return load_key(str(path)) if path.exists() else None
 
 
-def _given_key(config: Config) -> bytes | None:
+def _given_key(config: Config, progress: Progress | None = None) -> bytes | None:
     handed = handed_over()
     if handed is not None:
         return parse_key(handed)
@@ -66,5 +66,6 @@ def _given_key(config: Config) -> bytes | None:
         )
     if config.deid.key_file is None:
         return None
-    check_private(Path(config.deid.key_file))
+    if (warning := check_private(Path(config.deid.key_file))) and progress:
+        progress.message(warning)
     return load_key(config.deid.key_file)

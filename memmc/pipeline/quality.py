@@ -47,6 +47,22 @@ def flags_of(lake: Lake, cohort: str) -> dict[str, tuple[str, ...]]:
     return {uid: tuple(row["flags"]) for uid, row in newest.items() if row["flags"]}
 
 
+def kept_from_scores(lake: Lake, cohort: str) -> dict[str, str]:
+    """Return SOP Instance UID -> first QC_* code of the instances of a cohort that get no score.
+
+    Whether an image belongs to its cohort is a suspicion, which gives way to a label: somebody has looked at it. What
+    shows in the image alone does not. A label never lets an image into training.
+    """
+    flagged = flags_of(lake, cohort)
+    where = {"cohort": cohort, "outcome": "stored", "label": ["normal", "abnormal"]}
+    labelled: set[str] = set()
+    if flagged:
+        labelled |= set(lake.instances_with_labels(["sop_instance_uid"], None, where)["sop_instance_uid"].to_pylist())
+    return {
+        uid: flags[0] for uid, flags in flagged.items() if uid not in labelled or not OF_ONE_IMAGE.isdisjoint(flags)
+    }
+
+
 def preview(config: Config, cohort: str) -> PlanResult:
     """Say what `gate` would look at."""
     check_cohort(cohort)

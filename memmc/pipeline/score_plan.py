@@ -15,7 +15,7 @@ from memmc.errors import DataError, UsageError
 from memmc.lake.files import DataFile, Filter, read_file, select_rows
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.tables import Lake
-from memmc.pipeline.quality import flags_of
+from memmc.pipeline.quality import kept_from_scores
 from memmc.pipeline.score_ledger import ScoreLedger
 from memmc.pipeline.select import one_preparation
 
@@ -82,7 +82,7 @@ def plan_scores(
     """
     version = lake.version(INSTANCES)
     moment, older = _since(lake, cohort, since)
-    flagged = {uid: flags[0] for uid, flags in flags_of(lake, cohort).items()}
+    flagged = kept_from_scores(lake, cohort)
     done, held = ledger.known(), pa.array(sorted(flagged), pa.string())
     columns = [*_KEYS, *_KINDS, "ingested_at"]
     units: list[Unit] = []

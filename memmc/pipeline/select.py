@@ -9,7 +9,7 @@ from memmc.errors import DataError
 from memmc.lake.tables import Lake
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
-from memmc.pipeline.quality import flags_of
+from memmc.pipeline.quality import flags_of, kept_from_scores
 
 _MET_SPLITS = ("train", "calibrate")
 
@@ -64,7 +64,7 @@ def met_patients(lake: Lake, model: OpenModel) -> set[str]:
 
 
 def unmet(lake: Lake, model: OpenModel, cohort: str) -> list[dict[str, Any]]:
-    """Return the labelled instances of a cohort whose patient the model never met; none that the quality gate flags.
+    """Return the labelled instances of a cohort whose patient the model never met, and that can be scored.
 
     Raises:
         DataError: one of the two classes is missing; nothing can be measured.
@@ -74,8 +74,8 @@ def unmet(lake: Lake, model: OpenModel, cohort: str) -> list[dict[str, Any]]:
     columns += ["preprocess_id", "height", "width", "channels", "bits"]
     stored = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored"}).to_pylist()
     met = met_patients(lake, model)
-    flagged = flags_of(lake, cohort)
-    known = [row for row in stored if row["label"] != "unknown" and row["sop_instance_uid"] not in flagged]
+    without_score = kept_from_scores(lake, cohort)
+    known = [row for row in stored if row["label"] != "unknown" and row["sop_instance_uid"] not in without_score]
     rows = [row for row in known if row["patient_key"] not in met]
     found = {label: sum(row["label"] == label for row in rows) for label in ("normal", "abnormal")}
     if not all(found.values()):

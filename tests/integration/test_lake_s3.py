@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-from memmc.errors import IdentityKeyError, IntegrityError, StorageError
 from memmc import s3
+from memmc.errors import IdentityKeyError, IntegrityError, StorageError
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.storage import Storage
 from memmc.lake.stream import pixels_to_array

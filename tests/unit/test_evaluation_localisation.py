@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter, label
 from scipy.stats import mannwhitneyu
@@ -57,6 +57,7 @@ def test_pixel_auroc_is_the_rank_sum(seed: int) -> None:
 
 
 @given(seed=st.integers(0, 50), level=st.floats(-1, 2))
+@example(seed=0, level=-0.0)
 @settings(max_examples=60, deadline=None)
 def test_dice_counts_pixels_above_the_level(seed: int, level: float) -> None:
     maps, masks = sample(seed, count=2)

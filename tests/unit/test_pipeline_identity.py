@@ -23,6 +23,7 @@ from memmc.pipeline import custody
 from memmc.pipeline.convert_chunk import IngestJob, convert_objects
 from memmc.pipeline.identity import held_key, identity_key
 from memmc.pipeline.labels import StatedLabels
+from memmc.pipeline.progress import Silent
 from memmc.sources.open import open_source
 
 TEXT = "5eed" * 16
@@ -68,15 +69,24 @@ def test_a_key_is_held_for_a_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "passes"), [(0o600, True), (0o400, True), (0o640, False), (0o604, False), (0o620, False)]
+    ("mode", "passes"), [(0o600, True), (0o400, True), (0o440, True), (0o644, True), (0o620, False), (0o602, False)]
 )
-def test_a_file_that_others_can_read_is_refused(tmp_path: Path, mode: int, passes: bool) -> None:
+def test_a_file_that_others_can_change_is_refused_and_one_they_can_read_is_said(
+    tmp_path: Path, mode: int, passes: bool
+) -> None:
     file = tmp_path / "key"
     file.write_text(TEXT)
     file.chmod(mode)
     config = load_config(overrides=[f"deid.key_file={file}"])
     if passes:
-        assert identity_key(config, tmp_path) == held_key(config, tmp_path) == ONE
+        said: list[str] = []
+
+        class Heard(Silent):
+            def message(self, text: str) -> None:
+                said.append(text)
+
+        assert identity_key(config, tmp_path, Heard()) == held_key(config, tmp_path) == ONE
+        assert [("chmod 600" in text, str(tmp_path) in text) for text in said] == [(True, False)] * bool(mode & 0o044)
         return
     for ask in (identity_key, held_key):
         with pytest.raises(IdentityKeyError, match="chmod 600") as caught:

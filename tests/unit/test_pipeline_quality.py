@@ -11,9 +11,9 @@ from drawn_chests import TOP, chest
 
 from memmc.config import Config, load_config
 from memmc.errors import DataError
-from memmc.lake.schemas import INSTANCES, QUALITY
+from memmc.lake.schemas import INSTANCES, LABELS, QUALITY
 from memmc.lake.tables import Lake
-from memmc.pipeline.quality import flags_of, gate, preview
+from memmc.pipeline.quality import flags_of, gate, kept_from_scores, preview
 from memmc.pipeline.select import normals
 
 SPLITS = ("train", "train", "train", "calibrate", "test")
@@ -115,6 +115,18 @@ def test_a_cohort_without_normals_is_compared_with_those_of_another(config, lake
     assert gate(config, "ward", reference="c").gated == gate(config, "ward").gated == 0
     assert gate(config, "c", reference="ward").gated == 0  # has normals of its own
     assert gate(config, "ward", reference="nobody").flags == {"QC_CONSTANT": 1}
+
+
+def test_a_label_outweighs_suspicion_where_images_are_scored_and_never_where_they_are_learned(config, lake):
+    lake.append(INSTANCES, rows({uid: image for uid, (image, _) in BAD.items()}, label="unknown", split="train"), "bad")
+    gate(config, "c")
+    assert {uid: kept_from_scores(lake, "c").get(uid) for uid in BAD} == {uid: BAD[uid][1][0] for uid in BAD}
+    said = {"turned": "normal", "noise": "abnormal", "grey": "normal", "copy": "unknown"}
+    row = {"cohort": "c", "source": "person", "labelled_at": datetime(2026, 2, 1, tzinfo=UTC)}
+    labels = [{**row, "sop_instance_uid": uid, "label": label} for uid, label in said.items()]
+    lake.append(LABELS, pa.Table.from_pylist(labels), "labels")
+    assert {uid for uid in BAD if uid in kept_from_scores(lake, "c")} == {"inverted", "grey", "copy"}
+    assert not {row["sop_instance_uid"] for row in normals(lake, "c", "train")} & set(BAD)
 
 
 def test_a_cohort_with_nothing_in_it_is_refused(config, lake):
