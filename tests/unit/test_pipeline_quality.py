@@ -118,6 +118,7 @@ def test_a_cohort_without_normals_is_compared_with_those_of_another(config, lake
 
 
 def test_a_label_outweighs_suspicion_where_images_are_scored_and_never_where_they_are_learned(config, lake):
+    gate(config, "c")
     lake.append(INSTANCES, rows({uid: image for uid, (image, _) in BAD.items()}, label="unknown", split="train"), "bad")
     gate(config, "c")
     assert {uid: kept_from_scores(lake, "c").get(uid) for uid in BAD} == {uid: BAD[uid][1][0] for uid in BAD}
