@@ -150,14 +150,14 @@ def find_view(lake: Lake, name: str) -> View | None:
 
 
 def refuse_view(lake: Lake, name: str) -> None:
-    """Refuse to file anything under the name of a view.
+    """Refuse to add to, or take from, a view: it holds no rows of its own.
 
     Raises:
         UsageError: the name is that of a view.
     """
     view = find_view(lake, name)
     if view is not None:
-        raise UsageError(f"'{name}' is a view of {', '.join(view.bases)}; ingest into one of them, or under a new name")
+        raise UsageError(f"'{name}' is a view of {', '.join(view.bases)}; name one of them, or a new cohort to ingest")
 
 
 def members(lake: Lake, view: View, version: int | None = None) -> dict[str, str]:

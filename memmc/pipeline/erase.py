@@ -19,6 +19,7 @@ from memmc.lake.erasure import Subject, count_rows, erase_rows, find_subject, is
 from memmc.lake.schemas import CALIBRATIONS, INSTANCES, SCHEMAS
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease, running, stretched
+from memmc.lake.views import refuse_view
 from memmc.pipeline.identity import held_key, home_directory
 from memmc.pipeline.models import open_model, tracking_of
 from memmc.pipeline.progress import Progress, Silent
@@ -93,7 +94,7 @@ def erase(
     May be run again after it was killed anywhere.
 
     Raises:
-        UsageError: not a pseudonym.
+        UsageError: not a pseudonym, or a view.
         DataError: nothing of it is in the lake.
         StorageError: the place or the model registry cannot be reached, or other writers won every round.
     """
@@ -101,6 +102,8 @@ def erase(
         raise UsageError(f"that is not a {kind}'s pseudonym; for an original give '-' and write it to standard input")
     progress = progress or Silent()
     lake = Lake(config.lake.uri)
+    if cohort is not None:
+        refuse_view(lake, cohort)
     subject = find_subject(lake, _COLUMN[kind], pseudonym, cohort)
     tables = [table for table in SCHEMAS if is_of_patients(table) and lake.exists(table) and table != INSTANCES]
     tables.append(INSTANCES)  # last: as long as its rows stand, the rerun of a killed erasure finds all else by them

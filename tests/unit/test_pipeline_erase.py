@@ -15,6 +15,7 @@ from memmc.errors import MemmcError
 from memmc.lake.schemas import CALIBRATIONS, INSTANCES, SCORES
 from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
+from memmc.lake.views import define, parse_rule
 from memmc.pipeline.vault import write_entries
 from memmc.registry.models import register
 from memmc.registry.tracking import open_tracking
@@ -140,6 +141,12 @@ def test_who_is_not_meant(lake, words, text, message):
     with pytest.raises(MemmcError, match=message) as caught:
         erase(lake, *words, text=text)
     assert ORIGINAL not in str(caught.value) and lake.storage.list() == before
+
+
+def test_a_view_is_not_what_is_erased(lake):
+    define(lake, "part", ("a",), parse_rule(["label=normal"]))
+    with pytest.raises(MemmcError, match="view of a"):
+        erase(lake, "--patient", "-", "--cohort", "part", text=ORIGINAL)
 
 
 def test_only_the_key_of_the_lake_finds_originals(lake):
