@@ -280,6 +280,11 @@ class ModelConfig(Section):
         default=False,
         description="Standardise target patches [MAE]; off, since the score needs intensities [recalled].",
     )
+    recompute: bool = Field(
+        default=False,
+        description="While training a block keeps its input alone and computes the rest anew for the backward pass: a "
+        "fraction of the memory for a third more time, the same numbers [choice].",
+    )
 
     @model_validator(mode="after")
     def _decoder_mixes(self) -> ModelConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from memmc.errors import ConfigError
 
@@ -69,6 +70,13 @@ class MemoryAttention(nn.Module):
         query, key, value = self.project(tokens_BND)
         attended = scaled_dot_product_attention(query, key, value)
         return self.projection(attended.transpose(1, 2).flatten(2))
+
+
+def run_block(block: nn.Module, *inputs: Tensor, recompute: bool) -> Tensor:
+    """Return the block's output; with `recompute` nothing but its inputs is kept for the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore[reportReturnType]
+    return block(*inputs)
 
 
 class MLP(nn.Module):

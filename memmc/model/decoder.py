@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from memmc.config import ModelConfig
-from memmc.model.attention import MLP, MemoryAttention, head_dim
+from memmc.model.attention import MLP, MemoryAttention, head_dim, run_block
 from memmc.model.gated_attention import gated_level_attention, level_contexts
 from memmc.model.levels import level_indices
 from memmc.model.masking import mask_from_ids_keep
@@ -154,6 +154,7 @@ class Decoder(nn.Module):
         super().__init__()
         dim = config.decoder_dim
         self.level_indices, self.self_attention = level_indices(config), config.decoder_self_attention
+        self.recompute = config.recompute
         levels = len(self.level_indices)
         self.adapters = LevelAdapters(levels, config.encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
@@ -189,5 +190,5 @@ class Decoder(nn.Module):
 
     def _blocks(self, tokens_BLE: Tensor, levels_BSNE: Tensor) -> Tensor:
         for block in self.blocks:
-            tokens_BLE = block(tokens_BLE, levels_BSNE)
+            tokens_BLE = run_block(block, tokens_BLE, levels_BSNE, recompute=self.recompute)
         return self.head(self.norm(tokens_BLE))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from memmc.config import ModelConfig
-from memmc.model.attention import EncoderBlock
+from memmc.model.attention import EncoderBlock, run_block
 from memmc.model.bottleneck import MemoryBottleneck
 from memmc.model.patches import sincos_positions
 
@@ -36,6 +36,7 @@ class Encoder(nn.Module):
             EncoderBlock(dim, config.encoder_heads, config.mlp_ratio, config.memory_slots)
             for _ in range(config.encoder_depth)
         )
+        self.recompute = config.recompute
         self.bottleneck: MemoryBottleneck | None = None
         if config.bottleneck_slots:
             self.bottleneck = MemoryBottleneck(dim, config.bottleneck_slots)
@@ -51,7 +52,7 @@ class Encoder(nn.Module):
         tokens_BND = self.embed(patches_BKP, ids_keep_BK)
         levels: list[Tensor] = []
         for block in self.blocks:
-            tokens_BND = block(tokens_BND)
+            tokens_BND = run_block(block, tokens_BND, recompute=self.recompute)
             levels.append(tokens_BND)
         if self.bottleneck is not None:
             levels[-1] = self.bottleneck(levels[-1])

@@ -117,6 +117,20 @@ def test_attention_weights_do_not_outlive_a_block(gate: str) -> None:
     assert max(sizes) < weights
 
 
+def kept_numbers(model: MemMCMAE) -> int:
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: (sizes.append(saved.numel()), saved)[1], lambda x: x):
+        model(torch.randn(2, 1, 16, 16).double(), generator=torch.Generator().manual_seed(0))
+    return sum(sizes)
+
+
+@pytest.mark.parametrize("gate", ["channel", "head"])
+def test_recomputing_blocks_keep_less_and_give_the_same_gradients(gate: str) -> None:
+    models = [build(16, 1, torch.float64, gate=gate, recompute=recompute) for recompute in (False, True)]
+    assert max(difference(models[1]).values()) <= 1e-12
+    assert kept_numbers(models[1]) < 0.4 * kept_numbers(models[0])
+
+
 @pytest.mark.parametrize("levels", ["all", "last", "every_1", "every_2", "every_3", "every_5", "every_99"])
 @pytest.mark.parametrize("depth", [1, 4, 6])
 def test_levels_end_with_the_last(levels: str, depth: int) -> None:
