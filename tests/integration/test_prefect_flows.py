@@ -279,7 +279,7 @@ def test_score_measures_and_reports_on_request(home, client, monkeypatch):
     from flows import score
 
     seen = []
-    fake(monkeypatch, "score", lambda config, cohort, model, *, progress: SCORED)
+    fake(monkeypatch, "score", lambda config, cohort, model, *, since, limit, progress: SCORED)
     fake(monkeypatch, "evaluate", lambda config, cohort, model, *, progress: seen.append(model) or evaluation())
     page = ReportResult(report="/data/lake/reports/cxr.html", model="memmc-cxr/1", cohort="cxr")
     fake(monkeypatch, "report", lambda config, cohort, model, *, progress: page)
@@ -300,7 +300,7 @@ def test_a_cohort_without_labels_is_scored_and_not_measured(home, client, monkey
     def unlabelled(*_, **__):
         raise DataError("no labelled image")
 
-    fake(monkeypatch, "score", lambda config, cohort, model, *, progress: SCORED)
+    fake(monkeypatch, "score", lambda config, cohort, model, *, since, limit, progress: SCORED)
     fake(monkeypatch, "evaluate", unlabelled)
     assert score.run(load_config(), "cxr", home=home, progress=Silent(), evaluate=True) == SCORED
     run = newest_run(client)
