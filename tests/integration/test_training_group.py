@@ -95,7 +95,10 @@ def together(out: Path, resume: str | None = None, *, poison: bool = False, **ch
 
 
 def close(one: dict, other: dict) -> bool:
-    return all(torch.allclose(one[name], other[name], atol=2e-4) for name in one)
+    """Compare all weights but the biases of keys: they change no softmax, so Adam moves them by what rounding leaves."""
+    names = [name for name in one if not name.endswith("key_value.bias")]
+    assert len(names) > 40
+    return all(torch.allclose(one[name], other[name], atol=1e-4) for name in names)
 
 
 def test_sharded_training_is_plain_training_and_its_checkpoints_are_whole(tmp_path: Path) -> None:
