@@ -27,6 +27,7 @@ Array = npt.NDArray[np.unsignedinteger]
 
 _WINDOW_BATCHES = 64
 _AHEAD = 4
+_LEAVE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -217,11 +218,14 @@ def _prefetched(batches: Iterator[Batch]) -> Generator[Batch]:
         except BaseException as error:  # noqa: BLE001 - raised again where the batches are taken
             put(error)
 
-    threading.Thread(target=work, daemon=True, name="feed").start()
+    thread = threading.Thread(target=work, daemon=True, name="feed")
+    thread.start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
+        # A reader that outlived its cluster would make Ray start another.
         over.set()
+        thread.join(_LEAVE_S)

@@ -144,9 +144,6 @@ def test_an_error_of_the_reader_comes_out_and_its_thread_ends() -> None:
     stream = streamed([4], 1, 0)(Position(0, ((0, 1),)))
     next(stream)
     stream.close()
-    deadline = time.monotonic() + 2
-    while any(thread.name == "feed" for thread in threading.enumerate()) and time.monotonic() < deadline:
-        time.sleep(0.05)
     assert not any(thread.name == "feed" for thread in threading.enumerate())
 
 
