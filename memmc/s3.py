@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +130,14 @@ def _passing() -> tuple[type[Exception], ...]:
     from botocore.exceptions import ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError
 
     return (ConnectionError, HTTPClientError, IncompleteReadError, ResponseStreamingError)
+
+
+_PASSING = re.compile(r"connection|sending request|reading a body|timed? ?out|server returned.*\b50\d\b", re.DOTALL)
+
+
+def may_pass(error: Exception) -> bool:
+    """Return whether an error of the deltalake package, which names them in words alone, is one of a connection."""
+    return bool(_PASSING.search(str(error).lower()))
 
 
 def _refused(status: int, code: str) -> S3Error:

@@ -5,6 +5,7 @@
     python infra/benchmarks/crash_matrix.py             # everything, some minutes
     python infra/benchmarks/crash_matrix.py --short     # every part, few points; what the tests run
     python infra/benchmarks/crash_matrix.py --only local full
+    python infra/benchmarks/crash_matrix.py --only first erase    # the commit that makes a table, an erasure
 
 Needs strace (Debian: strace). A writer is a forked process that stops itself, is attached to, and goes on; the
 N-th call of one kind then kills it, or fails from there on with "no space". Afterwards a reader must see the old
@@ -29,9 +30,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,14 +42,16 @@ import numpy as np
 import pyarrow as pa
 
 from memmc.errors import IntegrityError, MemmcError, StorageError
+from memmc.lake.erasure import erase_rows, find_subject, purge
 from memmc.lake.files import write_rows
 from memmc.lake.tables import Lake
 
 ROWS = 6
+PAGE_BYTES = 4096
 LOCAL_CALLS = ("openat", "write", "fsync", "rename", "linkat", "unlink", "mkdir", "close", "lseek", "read", "statx")
 S3_CALLS = ("connect", "sendto", "recvfrom", "writev", "sendmsg", "read", "close", "epoll_wait", "socket", "openat")
-FULL_CALLS = ("write", "fsync", "mkdir", "linkat", "rename")
-NEEDED = {"local": 300, "s3": 300, "full": 20}
+FULL_CALLS = ("fsync", "mkdir", "linkat", "rename")  # not write, which also wakes the threads of a process
+NEEDED = {"local": 100, "first": 100, "erase": 100, "s3": 100, "full": 20}
 _ATTACH_S, _POINT_S = 20.0, 120.0
 
 
@@ -60,6 +65,7 @@ def rows(start: int) -> pa.Table:
             "split": ("train", "calibrate", "test")[number % 3],
             "content_key": f"{number:064x}",
             "size_bytes": 1,
+            "patient_key": f"{number % 2:064x}",
             "sop_instance_uid": f"2.25.{number}",
             "label": "normal",
             "pixels": np.full((16, 16), number, np.uint16).tobytes(),
@@ -80,9 +86,19 @@ def write(uri: str, start: int, run: str) -> None:
     lake.commit("instances", write_rows(lake.storage, "instances", rows(start)), run)
 
 
+def erase(uri: str) -> None:
+    """Take the odd rows out, files included, as `memmc erase` does; each of its runs has a name of its own."""
+    lake = Lake(uri)
+    subject = find_subject(lake, "patient_key", f"{1:064x}", None)
+    _, removed = erase_rows(lake, "instances", subject, uuid.uuid4().hex, str)
+    purge(lake, "instances", subject, removed, 24)
+
+
 def read(uri: str) -> list[int]:
-    """Return the numbers of the rows, each checked against its pixels."""
-    table = Lake(uri).read("instances", ["object_key", "pixels"]).to_pylist()
+    """Return the numbers of the stored rows, each checked against its pixels; none where there is no table yet."""
+    if not Lake(uri).exists("instances"):
+        return []
+    table = Lake(uri).read("instances", ["object_key", "pixels"], filter={"outcome": "stored"}).to_pylist()
     numbers = [int(row["object_key"], 16) for row in table]
     for number, row in zip(numbers, table, strict=True):
         assert row["pixels"] == np.full((16, 16), number, np.uint16).tobytes()
@@ -147,28 +163,44 @@ def see(uri: str, allowed: list[list[int]]) -> None:
     assert found in allowed, f"{len(found)} rows"
 
 
-def matrix(uri: str, base: Path | None, calls: tuple[str, ...], effect: str, limit: int | None) -> tuple[int, Counter]:
+@dataclass(frozen=True)
+class Stress:
+    """What is struck: a step, begun at a lake that holds some rows, that leaves others."""
+
+    work: Callable[[str], None]
+    old: list[int]
+    new: list[int]
+
+
+COMMIT = Stress(lambda uri: write(uri, ROWS, "second"), list(range(ROWS)), list(range(2 * ROWS)))
+FIRST = Stress(lambda uri: write(uri, 0, "first"), [], list(range(ROWS)))
+ERASE = Stress(erase, list(range(ROWS)), list(range(0, ROWS, 2)))
+
+
+def matrix(
+    uri: str, base: Path | None, calls: tuple[str, ...], effect: str, limit: int | None, stress: Stress = COMMIT
+) -> tuple[int, Counter]:
     """Strike at the 1st, 2nd, ... call of every kind until a run ends untouched.
 
     Returns:
         The number of points at which the writer was struck, and what went wrong by kind.
     """
-    old, both = list(range(ROWS)), list(range(2 * ROWS))
     points, wrong = 0, Counter[str]()
     for call in calls:
         number, before = 0, points
         while limit is None or number < limit:
             number += 1
             place = f"{uri}/{call}{number}"
-            if base is not None:
+            work = functools.partial(stress.work, place)
+            if base is not None and stress.old:
                 shutil.copytree(base, place)
-            elif forked(functools.partial(write, place, 0, "first")):
+            elif stress.old and forked(functools.partial(write, place, 0, "first")):
                 raise SystemExit(f"the first commit to {place} failed")
-            ended, struck = strike(functools.partial(write, place, ROWS, "second"), call, effect.format(number=number))
+            ended, struck = strike(work, call, effect.format(number=number))
             wrong["hang or foreign error"] += ended not in (0, 3, -signal.SIGKILL)
-            wrong["partial read"] += forked(functools.partial(see, place, [old, both])) != 0
-            wrong["re-run failed"] += forked(functools.partial(write, place, ROWS, "second")) != 0
-            wrong["not converged"] += forked(functools.partial(see, place, [both])) != 0
+            wrong["partial read"] += forked(functools.partial(see, place, [stress.old, stress.new])) != 0
+            wrong["re-run failed"] += forked(work) != 0
+            wrong["not converged"] += forked(functools.partial(see, place, [stress.new])) != 0
             if base is not None:
                 shutil.rmtree(place)
             if not struck:
@@ -176,6 +208,37 @@ def matrix(uri: str, base: Path | None, calls: tuple[str, ...], effect: str, lim
             points += 1
         print(f"  {call}: {points - before} points", flush=True)
     return points, +wrong
+
+
+def full_disk(disk: Path, base: Path, sizes: int) -> tuple[int, Counter]:
+    """Commit on a file system of 1, 2, ... free pages, give it more, commit again; as `matrix`."""
+    points, wrong = 0, Counter[str]()
+    disk.mkdir()
+    place = str(disk / "lake")
+    for free in range(sizes):
+        tmpfs = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+        if subprocess.run(tmpfs, capture_output=True, check=False).returncode:
+            print("  full disk: skipped, no file system may be mounted here")
+            break
+        try:
+            shutil.copytree(base, place)
+            used = shutil.disk_usage(disk).used
+            _resize(disk, used + (1 + free) * PAGE_BYTES)
+            ended = forked(functools.partial(write, place, ROWS, "second"))
+            _resize(disk, 64 << 20)
+            wrong["hang or foreign error"] += ended not in (0, 3)
+            wrong["partial read"] += forked(functools.partial(see, place, [COMMIT.old, COMMIT.new])) != 0
+            wrong["re-run failed"] += forked(functools.partial(write, place, ROWS, "second")) != 0
+            wrong["not converged"] += forked(functools.partial(see, place, [COMMIT.new])) != 0
+            points += ended == 3
+        finally:
+            subprocess.run(["umount", str(disk)], check=False)
+    print(f"  full disk: {points} points", flush=True)
+    return points, +wrong
+
+
+def _resize(disk: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True, capture_output=True)
 
 
 def race(uri: str, writers: int, commits: int) -> int:
@@ -274,13 +337,20 @@ def _make_bucket(name: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="few points of every part")
-    parts = ("local", "full", "s3", "race", "flips")
+    parts = ("local", "first", "erase", "full", "s3", "race", "flips")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--server", metavar="URL", help="an S3 server that runs, for the S3 parts")
     args = parser.parse_args()
     if not shutil.which("strace"):
         raise SystemExit("strace is not installed; apt-get install strace")
-    for module in ("deltalake.transaction", "pandas", "pyarrow.parquet", "pyarrow.dataset", "botocore.session"):
+    for module in (
+        "deltalake.transaction",
+        "pandas",
+        "pyarrow.parquet",
+        "pyarrow.dataset",
+        "pyarrow.compute",
+        "botocore.session",
+    ):
         importlib.import_module(module)  # once here, not in every child
     limit, passed = (2 if args.short else None), True
 
@@ -297,9 +367,15 @@ def main() -> int:
         if "local" in args.only:
             found = matrix(str(root), base, LOCAL_CALLS, "signal=KILL:when={number}", limit)
             verdict("killed, local", *found, NEEDED["local"])
+        for part, stress in (("first", FIRST), ("erase", ERASE)):
+            if part in args.only:
+                few = limit and 1
+                found = matrix(str(root), base, LOCAL_CALLS, "signal=KILL:when={number}", few, stress)
+                verdict(f"killed, local, {part}", *found, NEEDED[part])
         if "full" in args.only:
-            found = matrix(str(root), base, FULL_CALLS, "error=ENOSPC:when={number}+", limit or 12)
-            verdict("disk full, local", *found, NEEDED["full"])
+            points, wrong = matrix(str(root), base, FULL_CALLS, "error=ENOSPC:when={number}+", limit or 12)
+            filled = full_disk(root / "disk", base, 4 if args.short else 40)
+            verdict("disk full, local", points + filled[0], wrong + filled[1], NEEDED["full"])
         if "race" in args.only:
             writers, commits = (4, 3) if args.short else (8, 50)
             present = race(str(root / "race"), writers, commits)

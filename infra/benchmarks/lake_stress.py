@@ -20,17 +20,15 @@ import functools
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
+import signal
 import tempfile
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 from crash_matrix import ROWS, fork, forked, read, rows, s3_server, see, wait, write
+from s3_fault_proxy import FaultProxy, fault_proxy
 
 from memmc.lake.files import write_rows
 from memmc.lake.tables import Lake
@@ -40,28 +38,7 @@ from memmc.lake.verify import verify
 HOUR_S = 3600
 
 
-@contextmanager
-def proxy(backend: str) -> Iterator[Callable[..., int]]:
-    """Run the proxy, point the environment at it, and yield what gives it a plan and returns the requests so far."""
-    script = Path(__file__).with_name("s3_fault_proxy.py")
-    process = subprocess.Popen([sys.executable, str(script), backend], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    uri = process.stdout.readline().strip()
-    os.environ["AWS_ENDPOINT_URL"] = uri
-
-    def plan(fault: str = "pass", at: int = 0, victim: int | None = None) -> int:
-        body = json.dumps({"fault": fault, "at": at, "victim": victim}).encode()
-        with urllib.request.urlopen(urllib.request.Request(f"{uri}/_plan", body, method="POST")) as answer:
-            return int(json.load(answer)["seen"])
-
-    try:
-        yield plan
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def requests(uri: str, plan: Callable[..., int], limit: int | None) -> tuple[int, Counter[str]]:
+def requests(uri: str, proxy: FaultProxy, limit: int | None) -> tuple[int, Counter[str]]:
     """Kill a commit at its 1st, 2nd, ... request, before and after the server has it, until one ends untouched."""
     old, both = list(range(ROWS)), list(range(2 * ROWS))
     points, wrong = 0, Counter[str]()
@@ -74,10 +51,10 @@ def requests(uri: str, plan: Callable[..., int], limit: int | None) -> tuple[int
                 raise SystemExit(f"the first commit to {place} failed")
             victim = fork(functools.partial(write, place, ROWS, "second"), stopped=True)
             os.waitpid(victim, os.WUNTRACED)
-            plan(fault, number, victim)
-            os.kill(victim, 18)  # SIGCONT
+            proxy.plan(fault, at=number, victim=victim)
+            os.kill(victim, signal.SIGCONT)
             ended = wait(victim)
-            plan()
+            proxy.plan()
             wrong["hang or foreign error"] += ended not in (0, -9)
             wrong["partial read"] += forked(functools.partial(see, place, [old, both])) != 0
             wrong["re-run failed"] += forked(functools.partial(write, place, ROWS, "second")) != 0
@@ -156,8 +133,9 @@ def main() -> int:
     args = parser.parse_args()
     passed = True
     if "requests" in args.only:
-        with s3_server(args.server) as uri, proxy(os.environ["AWS_ENDPOINT_URL"]) as plan:
-            points, wrong = requests(uri, plan, 3 if args.short else None)
+        with s3_server(args.server) as uri, fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+            os.environ["AWS_ENDPOINT_URL"] = proxy.uri
+            points, wrong = requests(uri, proxy, 3 if args.short else None)
         passed &= not wrong
         print(f"killed at a request, S3: {points} points, {dict(wrong) or 'nothing wrong'}", flush=True)
     if "vacuum" in args.only:

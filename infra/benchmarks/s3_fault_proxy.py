@@ -1,132 +1,150 @@
 """A proxy before a real S3 server that fails as it is told: refuses, resets, hangs, cuts bodies, flips bits, kills.
 
-Every request gets a number, from 1; `FaultProxy.plan` says by number, method and path what becomes of it.
+A process of its own (`fault_proxy`), since a client that waits in native code may not let other threads of its process
+answer. Every request gets a number, from 1; the plan says which of them meet the fault:
 
-As a process of its own (``python s3_fault_proxy.py BACKEND``) it prints its URI, and takes its plan by
-``POST /_plan {"fault": "kill", "at": 3, "victim": 4711}``.
+    {"fault": "503", "at": 3}              the third one
+    {"fault": "reset", "but": 3}           all but every third
+    {"fault": "truncate", "method": "GET", "path": ".parquet", "first": 2}    the first two such ones
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-Fault = Literal["pass", "503", "403", "reset", "lost", "hang", "truncate", "flip", "kill", "kill after"]
-Plan = Callable[[int, str, str], Fault]
+FAULTS = ("pass", "503", "403", "reset", "lost", "hang", "truncate", "flip", "kill", "kill after")
+"""`lost`: done by the server, its answer never comes. `kill` and `kill after` end the process `victim`, before the
+server has the request and when it has done it."""
 
+HANG_S = 60.0
 _ERROR = '<?xml version="1.0"?><Error><Code>{code}</Code><Message>x</Message><RequestId>1</RequestId></Error>'
 _CODES = {"503": "SlowDown", "403": "AccessDenied"}
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "server", "date"}
 
 
+@dataclass(frozen=True)
 class FaultProxy:
-    """Listens on a port of its own while the `with` body runs.
+    """A running proxy, at `uri`."""
 
-    Attributes:
-        plan: what to do with a request; pass it on by default.
-        seen: (method, path) of every request so far.
-        victim: process to kill on "kill" (before the request reaches the server) and "kill after" (before its answer).
-    """
+    uri: str
+
+    def plan(self, fault: str = "pass", **which: Any) -> int:
+        """Count anew under another plan; return how many requests met the fault of the last one."""
+        assert fault in FAULTS
+        body = json.dumps({"fault": fault, **which}).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{self.uri}/_plan", body, method="POST")) as answer:
+            return int(json.load(answer)["met"])
+
+
+@contextmanager
+def fault_proxy(backend: str) -> Iterator[FaultProxy]:
+    """Run a proxy before a server while the body runs."""
+    process = subprocess.Popen([sys.executable, str(Path(__file__)), backend], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield FaultProxy(process.stdout.readline().strip())
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
 
     def __init__(self, backend: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
         self.backend = urlsplit(backend)
-        self.plan: Plan = lambda number, method, path: "pass"
-        self.seen: list[tuple[str, str]] = []
-        self.victim: int | None = None
-        self.released = threading.Event()
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._server.proxy = self  # type: ignore[attr-defined]
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        self.begin({"fault": "pass"})
 
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: clients that die or give up are what this is for."""
 
-    def reset(self, plan: Plan, victim: int | None = None) -> None:
-        """Begin to count anew, under another plan."""
+    def begin(self, told: dict[str, Any]) -> int:
         with self._lock:
-            self.plan, self.victim = plan, victim
-            self.seen = []
+            met = getattr(self, "_met", 0)
+            self.told, self._number, self._met = told, 0, 0
+            return met
 
-    def fault(self, method: str, path: str) -> Fault:
+    def fault(self, method: str, path: str) -> str:
+        told = self.told
         with self._lock:
-            self.seen.append((method, path))
-            return self.plan(len(self.seen), method, path)
-
-    def kill(self) -> None:
-        if self.victim is not None:
-            os.kill(self.victim, signal.SIGKILL)
-
-    def close(self) -> None:
-        self.released.set()
-        self._server.shutdown()
-        self._server.server_close()
-
-    def __enter__(self) -> FaultProxy:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            if told.get("method", method) != method or told.get("path", "") not in path:
+                return "pass"
+            self._number += 1
+            met = (
+                told.get("at", self._number) == self._number
+                and self._number <= told.get("first", self._number)
+                and ("but" not in told or self._number % told["but"] != 0)
+            )
+            self._met += met
+            return str(told["fault"]) if met else "pass"
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    server: _Server
 
     def _any(self) -> None:
-        proxy: FaultProxy = self.server.proxy  # type: ignore[attr-defined]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.path == "/_plan":
-            seen, told = len(proxy.seen), json.loads(body)
-            proxy.reset(lambda number, *_: told["fault"] if number == told["at"] else "pass", told.get("victim"))
-            self._send(200, {}, json.dumps({"seen": seen}).encode())
+            self._send(200, {}, json.dumps({"met": self.server.begin(json.loads(body))}).encode())
             return
-        fault = proxy.fault(self.command, self.path)
-        if fault == "kill":
-            proxy.kill()
-        elif fault == "hang":
-            proxy.released.wait(120)
+        fault = self.server.fault(self.command, self.path)
         if fault in {"kill", "hang"}:
             self.close_connection = True
+            if fault == "kill":
+                self._kill()
+            else:
+                threading.Event().wait(HANG_S)
         elif fault == "reset":
             self._reset()
         elif fault in _CODES:
             self._send(int(fault), {"Content-Type": "application/xml"}, _ERROR.format(code=_CODES[fault]).encode())
         else:
-            if fault == "flip" and self.command == "PUT" and body:
-                body = body[:-1] + bytes([body[-1] ^ 1])
-            status, headers, answer = self._forward(proxy, body)
-            if fault == "kill after":
-                proxy.kill()
-            if fault in {"kill after", "lost"}:
-                self._reset()
-            elif fault == "truncate":
-                self._send(status, headers, answer, sent=len(answer) // 2)
-            elif fault == "flip" and self.command == "GET" and answer:
-                middle = len(answer) // 2
-                self._send(status, headers, answer[:middle] + bytes([answer[middle] ^ 1]) + answer[middle + 1 :])
-            else:
-                self._send(status, headers, answer)
+            self._pass_on(fault, body)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _any
 
-    def _forward(self, proxy: FaultProxy, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection(proxy.backend.hostname or "", proxy.backend.port, timeout=60)
+    def _pass_on(self, fault: str, body: bytes) -> None:
+        if fault == "flip" and self.command == "PUT" and body:
+            body = _flipped(body)
+        status, headers, answer = self._forward(body)
+        if fault == "kill after":
+            self._kill()
+        if fault in {"kill after", "lost"}:
+            self._reset()
+        elif fault == "truncate":
+            self._send(status, headers, answer, sent=len(answer) // 2)
+        elif fault == "flip" and self.command == "GET":
+            self._send(status, headers, _flipped(answer))
+        else:
+            self._send(status, headers, answer)
+
+    def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection(
+            self.server.backend.hostname or "", self.server.backend.port, timeout=60
+        )
         try:
-            headers = {
-                name: value for name, value in self.headers.items() if name.lower() not in {"connection", "expect"}
-            }
+            gone = {"connection", "expect"}
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in gone}
             connection.request(self.command, self.path, body=body or None, headers=headers)
             answer = connection.getresponse()
             kept = {name: value for name, value in answer.getheaders() if name.lower() not in _HOP}
@@ -138,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, sent: int | None = None) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the client has gone, killed or out of patience
             self.send_response_only(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -148,23 +166,33 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command != "HEAD":
                 self.wfile.write(body if sent is None else body[:sent])
             if sent is not None and sent < len(body):
-                self.wfile.flush()
                 self._reset()
-        except OSError:  # the client has gone, killed or out of patience
-            self.close_connection = True
+            return
+        self.close_connection = True
+
+    def _kill(self) -> None:
+        os.kill(int(self.server.told["victim"]), signal.SIGKILL)
 
     def _reset(self) -> None:
         """End the connection with a reset instead of a goodbye."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.connection.close()
-        self.wfile = self.rfile = open(os.devnull, "rb+")  # noqa: SIM115, PTH123 - what the base class would flush
+        os.close(self.connection.detach())
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError):
+            super().finish()
 
     def log_message(self, *_: object) -> None:
         pass
 
 
+def _flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :] if data else data
+
+
 if __name__ == "__main__":
-    with FaultProxy(sys.argv[1]) as running:
-        print(running.uri, flush=True)
-        threading.Event().wait()
+    with _Server(sys.argv[1]) as running:
+        print(f"http://127.0.0.1:{running.server_port}", flush=True)
+        running.serve_forever()

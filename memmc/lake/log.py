@@ -19,6 +19,11 @@ def entry_name(table: str, version: int) -> str:
     return f"{table}/_delta_log/{version:020d}.json"
 
 
+def begun(storage: Storage, table: str) -> bool:
+    """Return whether a table has been made; the log of one whose oldest entries were cleaned up counts too."""
+    return any(name.endswith((".json", ".checkpoint.parquet")) for name in storage.list(f"{table}/_delta_log"))
+
+
 def commits(storage: Storage, table: str, newest: int, limit: int | None = None) -> list[dict[str, Any]]:
     """Return commits from `newest` backwards, until the first that the log no longer holds.
 

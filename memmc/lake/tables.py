@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from memmc import s3
 from memmc.errors import DataError, IdentityKeyError, StorageError
 from memmc.lake import log
 from memmc.lake.evolution import evolve
@@ -56,14 +57,8 @@ class Lake:
 
     def exists(self, table: str) -> bool:
         """Return whether the table has been made."""
-        from deltalake import DeltaTable
-        from deltalake.exceptions import DeltaError
-
         schema_of(table)
-        try:
-            return DeltaTable.is_deltatable(self.storage.join(table), storage_options=self.storage.delta_options())
-        except (DeltaError, OSError) as error:
-            raise _storage_error(error) from None
+        return self.storage.exists(log.entry_name(table, 0)) or log.begun(self.storage, table)
 
     def version(self, table: str) -> int:
         """Return the newest version of a table.
@@ -123,6 +118,7 @@ class Lake:
             },
             app_transactions=transactions,
         )
+        begun = time.monotonic()
         for attempt in range(COMMIT_ATTEMPTS):
             try:
                 delta = self._open_or_make(table)
@@ -154,7 +150,10 @@ class Lake:
             except CommitFailedError:
                 time.sleep(random.uniform(0, 0.05) * 2 ** min(attempt, 5))
             except (DeltaError, OSError) as error:
-                raise _storage_error(error) from None
+                # What was lost may be the answer alone: then the next look finds the run's commit.
+                if not s3.may_pass(error) or time.monotonic() - begun > s3.RETRY_BUDGET_S:
+                    raise _storage_error(error) from None
+                time.sleep(random.uniform(0.1, 0.5))
         raise StorageError(f"table '{table}': other writers won {COMMIT_ATTEMPTS} attempts in a row; run again")
 
     def turn(self, table: str, name: str) -> int:
@@ -352,17 +351,24 @@ class Lake:
         from deltalake.exceptions import DeltaError, TableNotFoundError
 
         schema_of(table)
-        try:
-            return DeltaTable(self.storage.join(table), version=version, storage_options=self.storage.delta_options())
-        except (DeltaError, OSError) as error:
-            if version is not None and self.exists(table):
-                raise DataError(
-                    f"table '{table}' has no version {version}; its newest is {self.version(table)}, "
-                    "and the log may no longer hold its oldest"
-                ) from None
-            if isinstance(error, TableNotFoundError):
-                raise DataError(f"the lake has no table '{table}' yet; ingest, calibrate or score first") from None
-            raise _storage_error(error) from None
+        options, begun = self.storage.delta_options(), time.monotonic()
+        while True:
+            try:
+                return DeltaTable(self.storage.join(table), version=version, storage_options=options)
+            except (DeltaError, OSError) as error:
+                if s3.may_pass(error):
+                    if time.monotonic() - begun > s3.RETRY_BUDGET_S:
+                        raise _storage_error(error) from None
+                    time.sleep(random.uniform(0.1, 0.5))
+                elif version is not None and self.exists(table):
+                    raise DataError(
+                        f"table '{table}' has no version {version}; its newest is {self.version(table)}, "
+                        "and the log may no longer hold its oldest"
+                    ) from None
+                elif isinstance(error, TableNotFoundError):
+                    raise DataError(f"the lake has no table '{table}' yet; ingest, calibrate or score first") from None
+                else:
+                    raise _storage_error(error) from None
 
     def _open_or_make(self, table: str) -> DeltaTable:
         """Open a table for writing: made when absent, with every column that this code writes."""

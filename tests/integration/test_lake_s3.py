@@ -1,5 +1,7 @@
 """The lake and the S3 source over real HTTP."""
 
+import base64
+import hashlib
 import os
 import pickle
 import socket
@@ -265,6 +267,7 @@ def test_no_chunked_checksums_are_sent(faulty):
     Storage.open("s3://b").write("x", b"plain bytes")
     headers = {name.lower(): value for name, value in faulty.seen[-1][1].items()}
     assert headers["content-length"] == "11"
+    assert headers["content-md5"] == base64.b64encode(hashlib.md5(b"plain bytes").digest()).decode()
     assert not any("trailer" in name or "chunked" in value for name, value in headers.items())
 
 
