@@ -28,6 +28,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one process per core, as in ingest's sandbox
+
 import numpy as np
 import psutil
 import pyarrow as pa
