@@ -95,7 +95,7 @@ def together(out: Path, resume: str | None = None, *, poison: bool = False, **ch
 
 
 def close(one: dict, other: dict) -> bool:
-    """Compare all weights but the biases of keys: they change no softmax, so Adam moves them by what rounding leaves."""
+    """Compare weights, biases of keys left out: they change no softmax, and Adam moves them by what rounding leaves."""
     names = [name for name in one if not name.endswith("key_value.bias")]
     assert len(names) > 40
     return all(torch.allclose(one[name], other[name], atol=1e-4) for name in names)
