@@ -90,6 +90,7 @@ def rows(start: int, num: int = 8) -> pa.Table:
             **{name: pa.array([value] * num, pa.int32()) for name, value in sizes.items()},
             "object_key": keys,
             "content_key": keys,
+            "sop_instance_uid": [f"2.25.{index}" for index in range(start, start + num)],
             "size_bytes": [1] * num,
             "pixels": pa.array(pixels, pa.binary()),
             "ingested_at": [datetime.now(UTC)] * num,
