@@ -4,7 +4,7 @@ A process of its own (`fault_proxy`), since a client that waits in native code m
 answer. Every request gets a number, from 1; the plan says which of them meet the fault:
 
     {"fault": "503", "at": 3}              the third one
-    {"fault": "reset", "but": 3}           all but every third
+    {"fault": "reset", "share": 0.4}       four of ten, by a seeded chance
     {"fault": "truncate", "method": "GET", "path": ".parquet", "first": 2}    the first two such ones
 """
 
@@ -14,6 +14,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import struct
@@ -81,6 +82,7 @@ class _Server(ThreadingHTTPServer):
         with self._lock:
             met = getattr(self, "_met", 0)
             self.told, self._number, self._met = told, 0, 0
+            self._chance = random.Random(1)
             return met
 
     def fault(self, method: str, path: str) -> str:
@@ -92,7 +94,7 @@ class _Server(ThreadingHTTPServer):
             met = (
                 told.get("at", self._number) == self._number
                 and self._number <= told.get("first", self._number)
-                and ("but" not in told or self._number % told["but"] != 0)
+                and self._chance.random() < told.get("share", 1.0)
             )
             self._met += met
             return str(told["fault"]) if met else "pass"

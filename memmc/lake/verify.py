@@ -150,4 +150,4 @@ def _keys(rows: pa.Table, *names: str) -> list[tuple[Any, ...]]:
 
 def _twice(keys: list[tuple[Any, ...]]) -> dict[str, int]:
     """Return, by cohort, how many keys stand more than once."""
-    return dict(Counter(str(key[0]) for key, count in Counter(keys).items() if count > 1))
+    return dict(Counter(str(key[0]) for key, count in Counter(keys).items() if count > 1 and key[1] is not None))
