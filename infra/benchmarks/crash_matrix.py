@@ -357,7 +357,7 @@ def main() -> int:
 
     def verdict(name: str, points: int, wrong: Counter, needed: int) -> None:
         nonlocal passed
-        good = not wrong and (args.short or args.calls or points >= needed)
+        good = not wrong and (args.short or bool(args.calls) or points >= needed)
         passed &= good
         print(f"{name}: {points} points, {dict(wrong) or 'nothing wrong'} {'PASS' if good else 'FAIL'}", flush=True)
 

@@ -124,9 +124,8 @@ def test_a_shard_spoilt_on_its_way_there_never_becomes_a_row(lake, proxy):
     proxy.plan("flip", method="PUT", path=".parquet", first=1)
     lake.append(INSTANCES, rows(8), "spoilt")
     assert proxy.plan() == 1
-    for columns in (["object_key"], ["pixels"]):
-        with pytest.raises(IntegrityError):
-            lake.read(INSTANCES, ["pixels", *columns])
+    with pytest.raises(IntegrityError):
+        lake.read(INSTANCES, ["object_key", "pixels"])
     assert len(verify(lake).damages) == 1
 
 
