@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class Caller:
 
     config: Config
     progress: Progress
+    places: Mapping[str, str] = field(default_factory=dict[str, str])
     error: BaseException | None = None
 
 
@@ -60,6 +61,7 @@ def call_flow(
     config: Config,
     home: Path,
     progress: Progress,
+    places: Collection[str] = (),
 ) -> dict[str, Any]:
     """Run a flow in this process and return its result.
 
@@ -68,6 +70,8 @@ def call_flow(
         parameters: the flow's parameters but `config`.
         home: the working directory's `.memmc`.
         progress: fed beside Prefect's own progress artifacts.
+        places: parameters that name a place which may be called after a patient: Prefect is shown `place_shown`, and
+            the task gets the place itself from `given_place`.
 
     Raises:
         UsageError: a parameter holds credentials, or the cohort's name is none.
@@ -77,10 +81,12 @@ def call_flow(
     shown = {**parameters, "config": overrides_of(config)}
     check_cohort(parameters["cohort"])
     refuse_credentials(shown)
+    given = {name: parameters[name] for name in places if parameters.get(name) is not None}
+    shown |= {name: place_shown(place) for name, place in given.items()}
     prepare(home)
     progress.stage("prefect")
     await_server()
-    caller = Caller(config, progress)
+    caller = Caller(config, progress, given)
     token = _CALLER.set(caller)
     try:
         return flow()(**shown)
@@ -89,6 +95,18 @@ def call_flow(
     finally:
         _CALLER.reset(token)
     raise failure
+
+
+def place_shown(place: str) -> str:
+    """Return what may be shown of a place: scheme and host or bucket of a URI, nothing of a path."""
+    scheme, separator, rest = place.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}" if separator and scheme != "file" else "a local path"
+
+
+def given_place(name: str, parameter: str) -> str:
+    """Return the place itself behind a flow's parameter: the caller's, or of a deployed run the parameter."""
+    caller = _CALLER.get()
+    return parameter if caller is None else caller.places.get(name, parameter)
 
 
 def run_step(key: str, config: Overrides | None, step: Callable[[Config, Progress], Result | None]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from prefect import flow, task
 from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, is_transient, run_step
+from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, given_place, is_transient, run_step
 from flows.naming import Cohort, artifact_key, run_name
 from memmc.config import Config
 from memmc.pipeline.progress import Progress
@@ -29,7 +29,14 @@ def run(
 ) -> IngestResult:
     """Run the flow in this process; as `memmc.pipeline.ingest.ingest`, with Prefect watching."""
     parameters = {"source": source, "cohort": cohort, "label": label, "labels_file": labels_file}
-    account = call_flow(lambda: ingest_flow, parameters, config=config, home=home, progress=progress)
+    account = call_flow(
+        lambda: ingest_flow,
+        parameters,
+        config=config,
+        home=home,
+        progress=progress,
+        places=("source", "labels_file"),
+    )
     return IngestResult(**account)
 
 
@@ -44,7 +51,8 @@ def ingest_flow(
     """Bring DICOM objects into the lake: each becomes one row, with pixels or with a reason.
 
     Args:
-        source: folder, ZIP file, s3:// prefix, orthanc+https:// or dicomweb+https:// server.
+        source: folder, ZIP file, s3:// prefix, orthanc+https:// or dicomweb+https:// server. Prefect shows it: a
+            deployment must not name a place that is called after a patient.
         cohort: name the rows are filed under.
         config: settings that differ from the defaults, by section; never key material.
         label: normal, abnormal or unknown, for every object.
@@ -72,7 +80,9 @@ def ingest_objects(
     def step(resolved: Config, progress: Progress) -> Result:
         from memmc.pipeline.ingest import ingest
 
-        return ingest(resolved, source, cohort, label=label, labels_file=labels_file, progress=progress)
+        labels = None if labels_file is None else given_place("labels_file", labels_file)
+        place = given_place("source", source)
+        return ingest(resolved, place, cohort, label=label, labels_file=labels, progress=progress)
 
     return run_step(f"ingest-{cohort}", config, step)
 

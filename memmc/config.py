@@ -283,7 +283,7 @@ class ModelConfig(Section):
     recompute: bool = Field(
         default=False,
         description="While training a block keeps its input alone and computes the rest anew for the backward pass: a "
-        "fraction of the memory for a third more time, the same numbers [choice].",
+        "fraction of the memory for a second forward pass, the same numbers [choice].",
     )
 
     @model_validator(mode="after")

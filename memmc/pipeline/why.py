@@ -115,12 +115,16 @@ def why(
             [item.mean(-1) for item in neighbours],
             loaded.model.patch_size,
         )
-        try:
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            picture.write_bytes(page)
-        except OSError as error:
-            raise StorageError(f"the picture cannot be written ({error.strerror}); check --out") from None
+        _write(picture, page)
     return result
+
+
+def _write(picture: Path, page: bytes) -> None:
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes(page)
+    except OSError as error:
+        raise StorageError(f"the picture cannot be written ({error.strerror}); check --out") from None
 
 
 def place_of(anomaly_map_HW: NDArray[np.floating], region: dict[str, Any] | None, patch_size: int) -> Place:

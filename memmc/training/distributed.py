@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,10 @@ from numpy.typing import NDArray
 from memmc.config import ModelConfig, TrainConfig
 from memmc.errors import DivergedError, MemmcError, TrainingError
 from memmc.training.source import ShardSource
+
+if TYPE_CHECKING:
+    from memmc.model.mae import MemMCMAE
+    from memmc.training.loop import TrainOutcome
 
 _POLL_S = 1.0
 _MODEL, _LAST = "model", "last"
@@ -180,8 +184,6 @@ def _worker(settings: dict[str, Any]) -> None:
     from ray.train import Checkpoint
     from ray.train.torch import get_device
 
-    from memmc.model.artifact import ModelInfo, export_model
-    from memmc.model.mae import MemMCMAE
     from memmc.training.augment import standardise
     from memmc.training.feed import PinnedFeed
     from memmc.training.looks import Fixed, HeldOut, ablations, health
@@ -198,11 +200,7 @@ def _worker(settings: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     torch.manual_seed(job.train.seed)
-    model = MemMCMAE(job.model, job.image_size, job.channels).to(device)
-    if settings["weights"] is not None:
-        from safetensors.torch import load
-
-        model.load_state_dict(load(ray.get(settings["weights"])))
+    model = _new_model(job, None if settings["weights"] is None else ray.get(settings["weights"])).to(device)
     feed = source.feed(job.train, rank)
     if device.type == "cuda":
         feed = PinnedFeed(feed)
@@ -258,19 +256,7 @@ def _worker(settings: dict[str, Any]) -> None:
     def save_finished(folder: Path) -> None:
         """Keep the run's state beside the model: a driver killed before it has registered the model comes back here."""
         saves[-1](folder)
-        info = ModelInfo(
-            image_size=job.image_size,
-            channels=job.channels,
-            pixel_mean=job.pixel_mean,
-            pixel_std=job.pixel_std,
-            steps=outcome.selected_step,
-            train_seconds=round(outcome.train_seconds, 1),
-            seed=job.train.seed,
-            **job.description,
-        )
-        export_model(folder / _MODEL, outcome.selected, info)
-        if outcome.selected_step != outcome.steps:
-            export_model(folder / _LAST, outcome.ema_model, replace(info, steps=outcome.steps))
+        _export(folder, job, outcome)
 
     checkpoint = ray.train.get_checkpoint()
     with Watchdog(job.train.hung_seconds).guarding() as watchdog:
@@ -287,6 +273,37 @@ def _worker(settings: dict[str, Any]) -> None:
             return
         watchdog.beat()
         report(save_finished, outcome.as_dict() | (ablations(outcome.selected, fixed) if rank == 0 else {}))
+
+
+def _new_model(job: TrainingJob, weights: bytes | None) -> MemMCMAE:
+    """Return the model to train: random, or with the weights of another."""
+    from safetensors.torch import load
+
+    from memmc.model.mae import MemMCMAE
+
+    model = MemMCMAE(job.model, job.image_size, job.channels)
+    if weights is not None:
+        model.load_state_dict(load(weights))
+    return model
+
+
+def _export(folder: Path, job: TrainingJob, outcome: TrainOutcome) -> None:
+    """Write the selected model, and the last one where that is another."""
+    from memmc.model.artifact import ModelInfo, export_model
+
+    info = ModelInfo(
+        image_size=job.image_size,
+        channels=job.channels,
+        pixel_mean=job.pixel_mean,
+        pixel_std=job.pixel_std,
+        steps=outcome.selected_step,
+        train_seconds=round(outcome.train_seconds, 1),
+        seed=job.train.seed,
+        **job.description,
+    )
+    export_model(folder / _MODEL, outcome.selected, info)
+    if outcome.selected_step != outcome.steps:
+        export_model(folder / _LAST, outcome.ema_model, replace(info, steps=outcome.steps))
 
 
 def _root_cause(error: BaseException) -> str:

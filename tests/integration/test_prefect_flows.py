@@ -137,16 +137,18 @@ def test_ingest_runs_as_a_flow_with_its_account_shown(home, client, monkeypatch)
     fake(monkeypatch, "ingest", step)
     config = load_config(overrides=["score.passes=8", "lake.uri=/data/lake"])
     listener = Listener()
-    result = ingest.run(config, "/data/scans", "cxr", None, "/data/labels.csv", home=home, progress=listener)
+    result = ingest.run(config, "/data/DOE^JANE", "cxr", None, "/data/doe.csv", home=home, progress=listener)
 
     assert result == ACCOUNT
-    assert calls == [(config, "/data/scans", "cxr", None, "/data/labels.csv")]
+    assert calls == [(config, "/data/DOE^JANE", "cxr", None, "/data/doe.csv")]
     assert ("stage", "convert", 10) in listener.heard
     assert ("message", "10 objects listed, 9 new") in listener.heard
     run = newest_run(client)
     assert re.fullmatch(r"ingest-cxr-\d{8}-\d{4}", run.name)
     assert run.state.is_completed()
     assert run.parameters["config"] == {"score": {"passes": 8}, "lake": {"uri": "/data/lake"}}
+    assert (run.parameters["source"], run.parameters["labels_file"]) == ("a local path", "a local path")
+    assert "doe" not in run.model_dump_json().lower()
     shown = artifacts_of(client, run)
     assert set(shown) == {"ingest-cxr", "ingest-cxr-convert"}
     assert shown["ingest-cxr-convert"].data == 100

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.calls import config_of, is_transient, overrides_of, refuse_credentials
+from flows.calls import config_of, given_place, is_transient, overrides_of, place_shown, refuse_credentials
 from flows.naming import artifact_key
 from flows.summary import as_markdown
 from memmc.config import Config, load_config
@@ -76,6 +76,25 @@ def test_plain_places_are_accepted():
     refuse_credentials(
         {"source": "s3://bucket/a@b", "config": {"tracking": {"uri": "http://mlflow:5000"}}, "label": None}
     )
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("/data/DOE^JANE", "a local path"),
+        ("doe", "a local path"),
+        ("file:///data/doe", "a local path"),
+        ("s3://bucket/doe/x", "s3://bucket"),
+        ("orthanc+https://pacs:8042", "orthanc+https://pacs:8042"),
+        ("dicomweb+https://pacs/doe", "dicomweb+https://pacs"),
+    ],
+)
+def test_of_a_place_prefect_sees_no_path(place, shown):
+    assert place_shown(place) == shown
+
+
+def test_a_deployed_run_goes_by_its_parameter():
+    assert given_place("source", "s3://bucket/x") == "s3://bucket/x"
 
 
 def test_only_a_place_out_of_reach_is_worth_another_try():

@@ -43,6 +43,17 @@ def test_duckdb_opens_the_scores(lake: None) -> None:
     assert [row[0] for row in names["worst"]] == ["u29", "u28", "u27"]
 
 
+def test_duckdb_opens_the_regions(lake: None) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    (query,) = re.findall(r"`(SELECT [^`]*regions[^`]*)`", README.read_text())
+    region = {field.name: 1 for field in SCHEMAS[SCORES].field("regions").type.value_type}
+    row = dict.fromkeys(SCHEMAS[SCORES].names) | {"sop_instance_uid": "u", "regions": [region, region]}
+    rows = pa.Table.from_pylist([row], schema=SCHEMAS[SCORES])
+    with duckdb.connect() as connection:
+        connection.register("scores", rows)
+        assert [found[0] for found in connection.sql(query).fetchall()] == ["u", "u"]
+
+
 def test_pandas_opens_the_scores(lake: None) -> None:
     (query,) = queries("to_pandas")
     names: dict = {}
