@@ -1,0 +1,46 @@
+"""The one configuration tree: every default, unit and bound stands here and nowhere else.
+
+Sources, weakest first: the defaults of the sections, a TOML file, environment variables
+(``MEMMC_SECTION__KEY=value``), ``--set section.key=value``. A field that no
+source sets takes its value from the preset (`PRESETS`), if that has one.
+"""
+
+from memmc.config.data import (
+    DataConfig,
+    DeidConfig,
+    IngestConfig,
+    LakeConfig,
+    QualityConfig,
+    SelectConfig,
+    SourceConfig,
+    SplitConfig,
+)
+from memmc.config.load import load_config
+from memmc.config.operation import RayConfig, TrackingConfig
+from memmc.config.scoring import CalibrateConfig, EvaluateConfig, ScoreConfig, ScorerName
+from memmc.config.training import PRESETS, ModelConfig, Preset, TrainConfig
+from memmc.config.tree import Config, config_hash
+
+__all__ = [
+    "PRESETS",
+    "CalibrateConfig",
+    "Config",
+    "DataConfig",
+    "DeidConfig",
+    "EvaluateConfig",
+    "IngestConfig",
+    "LakeConfig",
+    "ModelConfig",
+    "Preset",
+    "QualityConfig",
+    "RayConfig",
+    "ScoreConfig",
+    "ScorerName",
+    "SelectConfig",
+    "SourceConfig",
+    "SplitConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "config_hash",
+    "load_config",
+]

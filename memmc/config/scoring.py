@@ -1,0 +1,72 @@
+"""Scores, their calibration and their evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from memmc.config.section import Fraction, Positive, Section
+
+Preset = Literal["tiny", "small", "base"]
+ScorerName = Literal["residual_statistics", "residual_peak", "l1", "mse", "ssim", "ms_ssim", "gms", "pasted_ms_ssim"]
+
+StratumColumn = Literal[
+    "modality", "manufacturer", "manufacturer_model", "view_position", "body_part", "laterality", "patient_sex"
+
+
+class ScoreConfig(Section):
+    """How an image is scored."""
+
+    scorer: ScorerName = Field(
+        default="residual_statistics",
+        description="All take complementary masks but pasted_ms_ssim, the paper's: random masks (10 passes there), the "
+        "predictions pasted into the image, 1 - MS-SSIM averaged over the passes.",
+    )
+    passes: Positive = Field(
+        default=4,
+        description="Forward passes per image, a multiple of 1 / (1 - mask_ratio) (complementary masks) [choice].",
+    )
+    batch_size: int = Field(
+        default=0, ge=0, description="Images judged together; found by each actor at its start when 0."
+    )
+    commit_seconds: float = Field(
+        default=30.0, gt=0, description="Time between commits of scores; a kill costs at most what was done since, s."
+    )
+    rows_per_shard: Positive = Field(
+        default=1024, description="Scores written together, at most; large maps lower it further."
+    )
+    num_actors: Positive = Field(default=2, description="Scoring actors.")
+    grid: Positive = Field(default=4, description="Side of the coarse grid of residual features, cells [choice].")
+    components: Positive = Field(default=16, description="Principal components of the residual statistics [choice].")
+
+
+class CalibrateConfig(Section):
+    """Thresholds from normals alone."""
+
+    false_positive_rate: Fraction = Field(
+        default=0.05, description="Share of normal patients' images to be flagged at most."
+    )
+    min_normals: Positive = Field(default=20, description="Fewer held-out normal images refuse a calibration.")
+    rates: tuple[Fraction, ...] = Field(
+        default=(0.01, 0.05, 0.10),
+        description="Further false-positive rates whose thresholds, with intervals, are kept beside the chosen one.",
+    )
+    strata: tuple[StratumColumn, ...] = Field(
+        default=("manufacturer", "manufacturer_model", "view_position"),
+        description="Columns of `instances`; images that agree in all of them are judged by their own normals.",
+    )
+    min_stratum_normals: Positive = Field(
+        default=100, description="A stratum with fewer held-out normal images is judged by the pooled ones [choice]."
+    )
+    region_rate: Fraction = Field(
+        default=0.05, description="Share of normal images whose map may show a region; it sets the maps' level."
+    )
+
+
+class EvaluateConfig(Section):
+    """Evaluation."""
+
+    bootstrap: Positive = Field(default=1000, description="Patient-bootstrap resamplings.")
+    confidence: Fraction = 0.95
+    seed: int = Field(default=0, ge=0)
