@@ -17,6 +17,7 @@ from memmc.config.data import (
 )
 from memmc.config.load import load_config
 from memmc.config.operation import RayConfig, TrackingConfig
+from memmc.config.retrain import PromoteConfig, RetrainConfig
 from memmc.config.scoring import CalibrateConfig, EvaluateConfig, ScoreConfig, ScorerName
 from memmc.config.training import PRESETS, ModelConfig, Preset, TrainConfig
 from memmc.config.tree import Config, config_hash
@@ -32,8 +33,10 @@ __all__ = [
     "LakeConfig",
     "ModelConfig",
     "Preset",
+    "PromoteConfig",
     "QualityConfig",
     "RayConfig",
+    "RetrainConfig",
     "ScoreConfig",
     "ScorerName",
     "SelectConfig",

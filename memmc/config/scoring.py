@@ -8,11 +8,11 @@ from pydantic import Field
 
 from memmc.config.section import Fraction, Positive, Section
 
-Preset = Literal["tiny", "small", "base"]
 ScorerName = Literal["residual_statistics", "residual_peak", "l1", "mse", "ssim", "ms_ssim", "gms", "pasted_ms_ssim"]
 
 StratumColumn = Literal[
     "modality", "manufacturer", "manufacturer_model", "view_position", "body_part", "laterality", "patient_sex"
+]
 
 
 class ScoreConfig(Section):

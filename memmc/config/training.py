@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from memmc.config.section import Fraction, Positive, Section
 
-
+Preset = Literal["tiny", "small", "base"]
 
 
 class ModelConfig(Section):

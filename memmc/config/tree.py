@@ -9,8 +9,18 @@ from typing import Any
 
 from pydantic import model_validator
 
-from memmc.config.data import DataConfig, DeidConfig, IngestConfig, LakeConfig, QualityConfig, SelectConfig, SourceConfig, SplitConfig
+from memmc.config.data import (
+    DataConfig,
+    DeidConfig,
+    IngestConfig,
+    LakeConfig,
+    QualityConfig,
+    SelectConfig,
+    SourceConfig,
+    SplitConfig,
+)
 from memmc.config.operation import RayConfig, TrackingConfig
+from memmc.config.retrain import PromoteConfig, RetrainConfig
 from memmc.config.scoring import CalibrateConfig, EvaluateConfig, ScoreConfig
 from memmc.config.section import Section
 from memmc.config.training import PRESETS, ModelConfig, TrainConfig
@@ -32,6 +42,8 @@ class Config(Section):
     score: ScoreConfig = ScoreConfig()
     calibrate: CalibrateConfig = CalibrateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    promote: PromoteConfig = PromoteConfig()
+    retrain: RetrainConfig = RetrainConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
 
@@ -55,7 +67,7 @@ class Config(Section):
     @property
     def config_id(self) -> str:
         """16 hex digits naming the whole tree but for places (lake, source, tracking, ray, key file)."""
-        return config_hash(self, exclude={"lake", "source", "tracking", "ray", "deid"})
+        return config_hash(self, exclude={"lake", "source", "tracking", "ray", "deid", "promote", "retrain"})
 
 
 def config_hash(section: Section, exclude: set[str] | None = None) -> str:
