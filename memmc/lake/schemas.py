@@ -16,6 +16,8 @@ LABELS: Final = "labels"
 QUALITY: Final = "quality"
 COHORTS: Final = "cohorts"
 PATCHES: Final = "patches"
+DECISIONS: Final = "decisions"
+REVIEWS: Final = "reviews"
 
 
 _TYPES: Final = {
@@ -180,6 +182,34 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "run str",
         "gated_at time",
     ),
+    DECISIONS: _schema(
+        "decision_id str",
+        "cohort str",
+        "action str",  # promote, rollback, retrain
+        "outcome str",
+        "reason str",
+        "name str",  # registered model
+        "model str?",  # name/version the decision is about
+        "champion str?",  # the champion when it was taken
+        "dataset_version i64?",
+        "facts str",  # JSON: what was looked at, gates included
+        "rules str",  # JSON: the settings it was held against
+        "author str?",  # began the training run
+        "approver str?",
+        "decided_at time",
+    ),
+    REVIEWS: _schema(
+        "cohort str",
+        "sop_instance_uid str",
+        "patient_key str",
+        "state str",  # of several rows of one instance the newest holds
+        "p_value f64?",  # by which a model suspected it
+        "model str?",
+        "model_digest str?",
+        "calibration_id str?",
+        "reviewer str?",
+        "reviewed_at time",
+    ),
     PATCHES: _schema(
         "cohort str",
         "sop_instance_uid str",
@@ -200,6 +230,7 @@ ALLOWED: Final[Mapping[str, tuple[str, ...]]] = {
     "outcome": ("stored", "duplicate", "excluded", "quarantined"),
     "split": ("train", "calibrate", "test", "none"),
     "label": ("normal", "abnormal", "unknown"),
+    "state": ("suspect", "accepted", "rejected"),
 }
 """Values of the columns that have a closed set of them."""
 
