@@ -12,6 +12,7 @@
     |   +-- PreprocessMismatch      model and pixels were prepared differently
     |   +-- IdentityKeyError        no key, or not the key this lake was made with
     +-- StorageError            exit 1: a place could not be read or written
+    +-- DeadlineError           exit 1: a step took longer than it may
     +-- ModelError              exit 1: a model is missing, unfinished or unreadable
     +-- TrainingError           exit 1: a training run failed
         +-- DivergedError           loss or gradient is not finite; another try would end alike
@@ -69,6 +70,10 @@ class IdentityKeyError(DataError):
 
 class StorageError(MemmcError):
     """A storage location could not be read or written."""
+
+
+class DeadlineError(MemmcError):
+    """A step took longer than it may, and was stopped."""
 
 
 class ModelError(MemmcError):
