@@ -123,7 +123,8 @@ def recorded(
                 _RECORDING.reset(token)
             found = subject(result)
             if found is not None:
-                note(given["config"], action, **{**_cohort(given), **found})
+                values: dict[str, Any] = {**_cohort(given), **found}
+                note(given["config"], action, **values)
             return result
 
         return wrapper
