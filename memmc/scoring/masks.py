@@ -175,10 +175,9 @@ def reconstruct_pasted(model: MaskedAutoencoder, images_BCHW: Tensor, ids_keep_B
         images_BCHW: standardised as in training.
         ids_keep_BPK: visible patches of each pass, any.
     """
-    batch, passes, _ = ids_keep_BPK.shape
+    passes = ids_keep_BPK.shape[1]
     ids_keep_BPK = ids_keep_BPK.to(images_BCHW.device)
-    hidden_BPL = torch.ones(batch, passes, model.num_patches, dtype=torch.bool, device=images_BCHW.device)
-    hidden_BPL.scatter_(2, ids_keep_BPK, False)
+    hidden_BPL = hidden_patches(ids_keep_BPK, model.num_patches)
     patches_BLD = model.patchify(images_BCHW)
     pasted: list[Tensor] = []
     for index in range(passes):
@@ -208,13 +207,75 @@ def predict(
     return reconstruct(model, images_BCHW, mask_ids(model_digest, uids, model.num_patches, model.num_keep, passes))
 
 
-@torch.inference_mode()
+class RunningReconstruction:
+    """Mean and variance, per pixel, of the predictions made where the patch was hidden; passes are added as they come.
+
+    Predictions of visible patches are discarded whatever they hold, not-a-number included.
+    """
+
+    def __init__(self, model: MaskedAutoencoder, images_BCHW: Tensor, *, max_batch: int = 128) -> None:
+        """Begin without a pass.
+
+        Args:
+            model: in evaluation mode.
+            images_BCHW: standardised as in training.
+            max_batch: most images in one forward pass; passes are joined up to it.
+        """
+        self._model, self._images_BCHW, self._max_batch = model, images_BCHW, max_batch
+        self._mean_BLD = torch.zeros_like(model.patchify(images_BCHW), dtype=torch.float32)
+        self._square_BLD = torch.zeros_like(self._mean_BLD)
+        self._seen_BL1 = torch.zeros(len(images_BCHW), model.num_patches, 1, device=images_BCHW.device)
+
+    @torch.inference_mode()
+    def add(self, ids_keep_BPK: Tensor) -> None:
+        """Run passes with these visible patches, on any device."""
+        batch, passes, _ = ids_keep_BPK.shape
+        ids_keep_BPK = ids_keep_BPK.to(self._images_BCHW.device)
+        hidden_BPL = hidden_patches(ids_keep_BPK, self._model.num_patches)
+        together = max(1, self._max_batch // max(batch, 1))
+        for first in range(0, passes, together):
+            ids_BQK = ids_keep_BPK[:, first : first + together]
+            width = ids_BQK.shape[1]
+            output = self._model(self._images_BCHW.repeat_interleave(width, 0), ids_BQK.flatten(0, 1))
+            pred_BQLD = cast(Tensor, output.pred_BLP).float().unflatten(0, (batch, width))
+            for q in range(width):  # Welford's update, only where the patch was hidden
+                hidden_BL1 = hidden_BPL[:, first + q, :, None]
+                self._seen_BL1 += hidden_BL1
+                step_BLD = torch.where(hidden_BL1, pred_BQLD[:, q] - self._mean_BLD, 0.0)
+                self._mean_BLD += step_BLD / self._seen_BL1.clamp(min=1)
+                self._square_BLD += torch.where(hidden_BL1, step_BLD * (pred_BQLD[:, q] - self._mean_BLD), 0.0)
+
+    def keep(self, index_B: Tensor) -> None:
+        """Go on with some of the images."""
+        for name in ("_images_BCHW", "_mean_BLD", "_square_BLD", "_seen_BL1"):
+            setattr(self, name, getattr(self, name)[index_B])
+
+    @torch.inference_mode()
+    def result(self) -> Reconstruction:
+        """Return what the passes so far give.
+
+        Raises:
+            UsageError: a patch was visible in every pass, so nothing was predicted for it.
+        """
+        count_BL = self._seen_BL1[..., 0].long()
+        if not bool((count_BL > 0).all()):
+            raise UsageError("a patch is visible in every pass; take the passes from `complementary_groups`")
+        variance_BLD = self._square_BLD / (self._seen_BL1 - 1).clamp(min=1)
+        unpatchify = self._model.unpatchify
+        return Reconstruction(unpatchify(self._mean_BLD), unpatchify(variance_BLD), count_BL)
+
+
+def hidden_patches(ids_keep_BPK: Tensor, num_patches: int) -> Tensor:
+    """Return where each pass hides a patch: (B, P, L), bool."""
+    batch, passes, _ = ids_keep_BPK.shape
+    hidden_BPL = torch.ones(batch, passes, num_patches, dtype=torch.bool, device=ids_keep_BPK.device)
+    return hidden_BPL.scatter_(2, ids_keep_BPK, False)
+
+
 def reconstruct(
     model: MaskedAutoencoder, images_BCHW: Tensor, ids_keep_BPK: Tensor, *, max_batch: int = 128
 ) -> Reconstruction:
-    """Return mean and variance, per pixel, of the predictions made where the patch was hidden.
-
-    Predictions of visible patches are discarded whatever they hold, not-a-number included.
+    """Return the `RunningReconstruction` of all passes.
 
     Args:
         model: in evaluation mode.
@@ -225,27 +286,8 @@ def reconstruct(
     Raises:
         UsageError: a patch is visible in every pass, so nothing was predicted for it.
     """
-    batch, passes, _ = ids_keep_BPK.shape
-    ids_keep_BPK = ids_keep_BPK.to(images_BCHW.device)
-    hidden_BPL = torch.ones(batch, passes, model.num_patches, dtype=torch.bool, device=images_BCHW.device)
-    hidden_BPL.scatter_(2, ids_keep_BPK, False)
-    count_BL = hidden_BPL.sum(1)
-    if not bool((count_BL > 0).all()):
+    if not bool(hidden_patches(ids_keep_BPK, model.num_patches).any(1).all()):
         raise UsageError("a patch is visible in every pass; take the passes from `complementary_groups`")
-    mean_BLD = torch.zeros_like(model.patchify(images_BCHW), dtype=torch.float32)
-    square_BLD = torch.zeros_like(mean_BLD)
-    seen_BL1 = torch.zeros(batch, model.num_patches, 1, device=images_BCHW.device)
-    together = max(1, max_batch // batch)
-    for first in range(0, passes, together):
-        ids_BQK = ids_keep_BPK[:, first : first + together]
-        width = ids_BQK.shape[1]
-        output = model(images_BCHW.repeat_interleave(width, 0), ids_BQK.flatten(0, 1))
-        pred_BQLD = cast(Tensor, output.pred_BLP).float().unflatten(0, (batch, width))
-        for q in range(width):  # Welford's update, only where the patch was hidden
-            hidden_BL1 = hidden_BPL[:, first + q, :, None]
-            seen_BL1 += hidden_BL1
-            step_BLD = torch.where(hidden_BL1, pred_BQLD[:, q] - mean_BLD, 0.0)
-            mean_BLD += step_BLD / seen_BL1.clamp(min=1)
-            square_BLD += torch.where(hidden_BL1, step_BLD * (pred_BQLD[:, q] - mean_BLD), 0.0)
-    variance_BLD = square_BLD / (count_BL[..., None] - 1).clamp(min=1)
-    return Reconstruction(model.unpatchify(mean_BLD), model.unpatchify(variance_BLD), count_BL)
+    running = RunningReconstruction(model, images_BCHW, max_batch=max_batch)
+    running.add(ids_keep_BPK)
+    return running.result()
