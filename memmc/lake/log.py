@@ -63,6 +63,17 @@ def find_commit(storage: Storage, table: str, versions: Iterable[int], marks: Ma
     return None
 
 
+def audit_heads(storage: Storage, table: str) -> list[tuple[int, str]]:
+    """Return, of the commits that the log holds, version and the end of the audit trail at their time."""
+    found: list[tuple[int, str]] = []
+    for name in storage.list(f"{table}/_delta_log"):
+        version = name.rpartition("/")[2].removesuffix(".json")
+        if len(version) == 20 and version.isdigit():
+            info = _first(_actions(storage, table, int(version)) or [], "commitInfo")
+            found += [(int(version), info["audit"])] if isinstance(info.get("audit"), str) else []
+    return found
+
+
 def _actions(storage: Storage, table: str, version: int) -> list[dict[str, Any]] | None:
     """Return the actions of one commit, or None when the log no longer holds it."""
     try:

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from memmc import s3
 from memmc.errors import DataError, IdentityKeyError, StorageError
-from memmc.lake import log
+from memmc.lake import audit, log
 from memmc.lake.evolution import evolve
 from memmc.lake.files import DataFile, Filter, Value, read_file, select_rows, values, write_rows
 from memmc.lake.schemas import INSTANCES, LABELS, PARTITION_BY, SCHEMAS, schema_of
@@ -115,6 +115,7 @@ class Lake:
                 "step": str(step),
                 "commit": commit_id,
                 "metadata": json.dumps(metadata or {}),
+                "audit": str(audit.read_head(self.storage) or audit.Head()),
             },
             app_transactions=transactions,
         )
