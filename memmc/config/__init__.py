@@ -16,6 +16,7 @@ from memmc.config.data import (
     SplitConfig,
 )
 from memmc.config.load import load_config
+from memmc.config.monitor import MonitorConfig
 from memmc.config.operation import RayConfig, TrackingConfig
 from memmc.config.retrain import PromoteConfig, RetrainConfig
 from memmc.config.scoring import CalibrateConfig, EvaluateConfig, ScoreConfig, ScorerName
@@ -32,6 +33,7 @@ __all__ = [
     "IngestConfig",
     "LakeConfig",
     "ModelConfig",
+    "MonitorConfig",
     "Preset",
     "PromoteConfig",
     "QualityConfig",

@@ -19,6 +19,7 @@ from memmc.config.data import (
     SourceConfig,
     SplitConfig,
 )
+from memmc.config.monitor import MonitorConfig
 from memmc.config.operation import RayConfig, TrackingConfig
 from memmc.config.retrain import PromoteConfig, RetrainConfig
 from memmc.config.scoring import CalibrateConfig, EvaluateConfig, ScoreConfig
@@ -44,6 +45,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     promote: PromoteConfig = PromoteConfig()
     retrain: RetrainConfig = RetrainConfig()
+    monitor: MonitorConfig = MonitorConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
 
@@ -67,7 +69,7 @@ class Config(Section):
     @property
     def config_id(self) -> str:
         """16 hex digits naming the whole tree but for places (lake, source, tracking, ray, key file)."""
-        return config_hash(self, exclude={"lake", "source", "tracking", "ray", "deid", "promote", "retrain"})
+        return config_hash(self, exclude={"lake", "source", "tracking", "ray", "deid", "monitor", "promote", "retrain"})
 
 
 def config_hash(section: Section, exclude: set[str] | None = None) -> str:

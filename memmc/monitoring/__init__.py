@@ -1,0 +1,1 @@
+"""Watching a model at work without labels: drift, canaries, silence. Arrays and counts in, findings out."""
