@@ -44,10 +44,15 @@ _RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
 
 
 def note(config: Config, action: str, *, outcome: Outcome = "ok", **subject: Any) -> Head:
-    """Append one record to the lake's audit trail.
+    """Append one record to the lake's audit trail; see `note_in`."""
+    return note_in(Storage.open(config.lake.uri), action, outcome=outcome, **subject)
+
+
+def note_in(storage: Storage, action: str, *, outcome: Outcome = "ok", **subject: Any) -> Head:
+    """Append one record to the audit trail of a lake, or of the identity vault.
 
     Args:
-        config: names the lake.
+        storage: the place's.
         action: a verb: ``ingest``, ``promote``, ...
         outcome: ``ok``, ``refused`` (by a gate or a person) or ``failed``.
         subject: small JSON values: cohort, model, versions, counts, pseudonyms.
@@ -57,7 +62,7 @@ def note(config: Config, action: str, *, outcome: Outcome = "ok", **subject: Any
 
     Raises:
         ValueError: a value looks like a path, an address or a name in DICOM's form, or they are too long together.
-        StorageError: the lake cannot be written.
+        StorageError: the place cannot be written.
     """
     check_subject(subject)
     at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -69,7 +74,12 @@ def note(config: Config, action: str, *, outcome: Outcome = "ok", **subject: Any
         **_who(),
         "software": dict(_version()),
     }
-    return append(Storage.open(config.lake.uri), record)
+    return append(storage, record)
+
+
+def has_trail(config: Config) -> bool:
+    """Return whether anything was ever recorded in the lake."""
+    return Storage.open(config.lake.uri).exists(HEAD)
 
 
 def head_of(config: Config) -> str:
@@ -98,11 +108,11 @@ def recorded(
     """Decorate a step, whose first argument is the configuration, so that each call leaves one record.
 
     Its `cohort` argument is recorded too. A call within another recorded one is part of it and leaves none; nor does
-    a wrong call (`UsageError`), which did nothing.
+    a wrong call (`UsageError`) or one with `dry_run`, which did nothing.
 
     Args:
         action: as in `note`.
-        subject: result -> what to record; None for a call that changed and showed nothing, as a dry run.
+        subject: result -> what to record; None for a call that changed and showed nothing.
     """
 
     def decorate(step: Callable[P, R]) -> Callable[P, R]:
@@ -110,9 +120,9 @@ def recorded(
 
         @functools.wraps(step)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            if _RECORDING.get():
-                return step(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
+            if _RECORDING.get() or given.get("dry_run"):
+                return step(*args, **kwargs)
             token = _RECORDING.set(True)
             try:
                 result = step(*args, **kwargs)
@@ -163,7 +173,7 @@ def _note_failure(given: Mapping[str, Any], action: str, error: BaseException) -
     if isinstance(error, UsageError):
         return
     try:
-        if not Storage.open(config.lake.uri).exists(HEAD):
+        if not has_trail(config):
             return  # nothing was ever done here: a mistyped place is not made a lake
         outcome: Outcome = "refused" if isinstance(error, GateRefused) else "failed"
         found: dict[str, Any] = {"error": type(error).__name__, **_cohort(given)}
@@ -177,6 +187,11 @@ def _note_failure(given: Mapping[str, Any], action: str, error: BaseException) -
 def _cohort(given: Mapping[str, Any]) -> dict[str, str]:
     cohort = given.get("cohort")
     return {"cohort": cohort} if isinstance(cohort, str) and _COHORT.fullmatch(cohort) else {}
+
+
+def actor() -> str:
+    """Return the name of who acts, as records give it."""
+    return str(_who()["actor"])
 
 
 def _who() -> dict[str, Any]:
