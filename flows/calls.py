@@ -179,13 +179,13 @@ def overrides_of(config: Config) -> Overrides:
 
 
 def config_of(overrides: Overrides | None) -> Config:
-    """Return the configuration of a deployed run: its parameter over the environment over the defaults.
+    """Return the configuration of a deployed run: its parameter over the environment over the file MEMMC_CONFIG names.
 
     Raises:
         ConfigError: unknown key or value out of range.
     """
     settings = [f"{s}.{k}={_text(value)}" for s, fields in (overrides or {}).items() for k, value in fields.items()]
-    return load_config(env=os.environ, overrides=settings)
+    return load_config(os.environ.get("MEMMC_CONFIG"), os.environ, settings)
 
 
 def refuse_credentials(parameters: Any) -> None:

@@ -11,6 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, given_place, is_transient, run_step
 from flows.naming import Cohort, artifact_key, run_name
 from memmc.config import Config
+from memmc.errors import UsageError
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.results import IngestResult, Result
 
@@ -42,8 +43,8 @@ def run(
 
 @flow(name="ingest", flow_run_name=run_name("ingest"), persist_result=False, result_serializer="json")
 def ingest_flow(
-    source: str,
     cohort: Cohort,
+    source: str | None = None,
     config: Overrides | None = None,
     label: str | None = None,
     labels_file: str | None = None,
@@ -51,9 +52,9 @@ def ingest_flow(
     """Bring DICOM objects into the lake: each becomes one row, with pixels or with a reason.
 
     Args:
-        source: folder, ZIP file, s3:// prefix, orthanc+https:// or dicomweb+https:// server. Prefect shows it: a
-            deployment must not name a place that is called after a patient.
         cohort: name the rows are filed under.
+        source: folder, ZIP file, s3:// prefix, orthanc+https:// or dicomweb+https:// server. Prefect shows it, so a
+            deployment leaves it out: `source.uri` of the worker's configuration is listed then.
         config: settings that differ from the defaults, by section; never key material.
         label: normal, abnormal or unknown, for every object.
         labels_file: CSV of labels by path or SOPInstanceUID.
@@ -73,7 +74,7 @@ def ingest_flow(
     result_serializer="json",
 )
 def ingest_objects(
-    source: str, cohort: str, config: Overrides | None, label: str | None, labels_file: str | None
+    source: str | None, cohort: str, config: Overrides | None, label: str | None, labels_file: str | None
 ) -> dict[str, Any]:
     """List, convert and commit; safe to try again, since nothing is committed before the end."""
 
@@ -81,7 +82,9 @@ def ingest_objects(
         from memmc.pipeline.ingest import ingest
 
         labels = None if labels_file is None else given_place("labels_file", labels_file)
-        place = given_place("source", source)
+        place = given_place("source", source) if source else resolved.source.uri
+        if place is None:
+            raise UsageError("nothing says what to ingest; set source.uri in the worker's configuration")
         return ingest(resolved, place, cohort, label=label, labels_file=labels, progress=progress)
 
     return run_step(f"ingest-{cohort}", config, step)

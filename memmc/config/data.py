@@ -108,6 +108,10 @@ class SelectConfig(Section):
 class SourceConfig(Section):
     """How archives and ZIP files are listed and read. A password may also stand in MEMMC_SOURCE_PASSWORD."""
 
+    uri: str | None = Field(
+        default=None,
+        description="What a scheduled ingest lists; not a parameter of its flow, since Prefect would show it.",
+    )
     user: str | None = Field(default=None, description="User of an Orthanc or DICOMweb server (HTTP Basic).")
     password_file: str | None = Field(default=None, description="File whose first line is that user's password.")
     token_file: str | None = Field(default=None, description="File whose first line is a bearer token, instead.")
