@@ -17,7 +17,7 @@ from memmc.config.data import (
 )
 from memmc.config.load import load_config
 from memmc.config.monitor import MonitorConfig
-from memmc.config.operation import RayConfig, TrackingConfig
+from memmc.config.operation import OperateConfig, RayConfig, TrackingConfig
 from memmc.config.retrain import PromoteConfig, RetrainConfig
 from memmc.config.scoring import CalibrateConfig, EvaluateConfig, ScoreConfig, ScorerName
 from memmc.config.training import PRESETS, ModelConfig, Preset, TrainConfig
@@ -33,6 +33,7 @@ __all__ = [
     "IngestConfig",
     "LakeConfig",
     "ModelConfig",
+    "OperateConfig",
     "MonitorConfig",
     "Preset",
     "PromoteConfig",

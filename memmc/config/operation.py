@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from zoneinfo import available_timezones
+
+from pydantic import Field, model_validator
 
 from memmc.config.section import Section
 
@@ -16,7 +18,42 @@ class TrackingConfig(Section):
 class RayConfig(Section):
     """Where the parallel work runs."""
 
-    address: str | None = Field(default=None, description="Cluster to join; a local one is started when absent.")
+    address: str | None = Field(
+        default=None,
+        description="Cluster to join, or the http(s):// address of a cluster's Jobs API, to which flows submit their "
+        "steps; a local cluster is started when absent.",
+    )
+    job_directory: str | None = Field(
+        default=None,
+        description="Directory on the cluster in which submitted steps run; the cluster's own when absent.",
+    )
+    job_command: str = Field(default="memmc", description="The memmc command on the cluster.")
+    ca_file: str | None = Field(
+        default=None, description="PEM certificates for the Jobs API's chain; the system's when absent."
+    )
     num_cpus: int | None = Field(
         default=None, ge=2, description="Logical CPUs of the local cluster; cores + 2 when absent."
     )
+
+
+class OperateConfig(Section):
+    """When the work may run, and for how long."""
+
+    window: str | None = Field(
+        default=None,
+        pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$",
+        description="Hours in which scoring works, HH:MM-HH:MM, over midnight too; it stops at the end and a later run "
+        "goes on. At any time when absent.",
+    )
+    timezone: str = Field(default="UTC", description="IANA name of the zone of `window`.")
+    deadline_minutes: float | None = Field(
+        default=None, gt=0, description="A flow's step that takes longer is stopped, min; none is when absent."
+    )
+
+    @model_validator(mode="after")
+    def _known_times(self) -> OperateConfig:
+        if self.timezone not in available_timezones():
+            raise ValueError("operate.timezone must be an IANA name such as Europe/Berlin")
+        if self.window is not None and self.window[:5] == self.window[6:]:
+            raise ValueError("operate.window must not end when it begins; leave it out to work at any time")
+        return self

@@ -20,7 +20,7 @@ from memmc.config.data import (
     SplitConfig,
 )
 from memmc.config.monitor import MonitorConfig
-from memmc.config.operation import RayConfig, TrackingConfig
+from memmc.config.operation import OperateConfig, RayConfig, TrackingConfig
 from memmc.config.retrain import PromoteConfig, RetrainConfig
 from memmc.config.scoring import CalibrateConfig, EvaluateConfig, ScoreConfig
 from memmc.config.section import Section
@@ -48,6 +48,7 @@ class Config(Section):
     monitor: MonitorConfig = MonitorConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
+    operate: OperateConfig = OperateConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -68,8 +69,9 @@ class Config(Section):
 
     @property
     def config_id(self) -> str:
-        """16 hex digits naming the whole tree but for places (lake, source, tracking, ray, key file)."""
-        return config_hash(self, exclude={"lake", "source", "tracking", "ray", "deid", "monitor", "promote", "retrain"})
+        """16 hex digits naming the whole tree but for places (lake, source, tracking, ray, key file) and operation."""
+        places = {"lake", "source", "tracking", "ray", "deid"}
+        return config_hash(self, exclude=places | {"monitor", "operate", "promote", "retrain"})
 
 
 def config_hash(section: Section, exclude: set[str] | None = None) -> str:
