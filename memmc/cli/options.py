@@ -15,6 +15,7 @@ import typer
 from memmc.cli.terminal import Terminal
 from memmc.config import Config, load_config
 from memmc.pipeline.custody import adopt
+from memmc.pipeline.progress_lines import LINES, VARIABLE, ProgressLines
 from memmc.pipeline.results import Result
 
 LakeOption = Annotated[
@@ -58,7 +59,7 @@ class Call:
     """One call of a verb: its configuration and how to speak to the caller."""
 
     config: Config
-    terminal: Terminal
+    terminal: Terminal | ProgressLines
     as_json: bool
     as_flow: bool
 
@@ -83,7 +84,7 @@ def call(
     overrides = [*(settings or []), *([f"lake.uri={lake}"] if lake else [])]
     adopt(os.environ)
     loaded = load_config(config, os.environ, overrides)
-    terminal = Terminal(quiet=as_json)
+    terminal = ProgressLines() if os.environ.get(VARIABLE) == LINES else Terminal(quiet=as_json)
     try:
         yield Call(loaded, terminal, as_json, flow or bool(os.environ.get("PREFECT_API_URL")))
     finally:
