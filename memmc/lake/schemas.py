@@ -16,6 +16,7 @@ LABELS: Final = "labels"
 QUALITY: Final = "quality"
 COHORTS: Final = "cohorts"
 PATCHES: Final = "patches"
+MONITORING: Final = "monitoring"
 DECISIONS: Final = "decisions"
 REVIEWS: Final = "reviews"
 
@@ -209,6 +210,29 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "calibration_id str?",
         "reviewer str?",
         "reviewed_at time",
+    ),
+    MONITORING: _schema(
+        "cohort str",
+        "run str",  # one look at a cohort
+        "checked_at time",
+        "kind str",  # drift, canary, golden, watch
+        "name str",
+        "stratum str?",
+        "model str?",
+        "model_digest str?",
+        "calibration_id str?",
+        "baseline_version i64?",  # of `instances`
+        "version i64?",
+        "num_baseline i64?",
+        "num_window i64?",
+        "value f64?",  # drift: effect; canary: sensitivity; golden: largest difference
+        "low f64?",
+        "high f64?",
+        "p_value f64?",
+        "adjusted f64?",  # p_value after correction for all tests of the run
+        "values f64s?",  # canary: sensitivity per scan
+        "alarm str?",  # null where calm
+        "found str?",  # in words, without patient data
     ),
     PATCHES: _schema(
         "cohort str",
