@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from memmc import __version__
-from memmc.cli import cohorts, comparing, gating, labelling, mapping, packaging, privacy, selection, summaries, vault
+from memmc.cli import (
+    cohorts,
+    comparing,
+    deploying,
+    gating,
+    labelling,
+    mapping,
+    packaging,
+    privacy,
+    selection,
+    summaries,
+    vault,
+)
 from memmc.cli import erase as erasure
 from memmc.cli import lake as lake_verbs
 from memmc.cli import sweep as sweeping
@@ -319,6 +331,7 @@ app.add_typer(vault.app, name="vault")
 app.add_typer(lake_verbs.app, name="lake")
 app.command(name="erase")(erasure.erase)
 app.command(name="export")(packaging.export)
+app.command(name="deploy")(deploying.deploy)
 app.command(name="maps")(mapping.maps)
 app.command(name="explain")(mapping.explain)
 

@@ -24,7 +24,7 @@ VERBS = {
     "sweep",
     "export",
 }
-VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label", "maps", "explain", "cohort", "compare"}
+VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label", "maps", "explain", "cohort", "compare", "deploy"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,324 @@
+"""Make a Prefect server equal to the deployment file: what is missing is made, what differs changed, what left removed.
+
+Only what carries the tag `memmc` is changed or removed; work pools are never removed, since runs may wait in them.
+Everything is checked before the first change, and a second call changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from flows.automations import Resolved, check_automation, resolve_automation
+from flows.deployment_file import OWNED, read_automations, read_deployments
+from flows.desired import Pool, Wanted, desired_deployments, desired_pools
+from memmc.errors import ConfigError, StorageError, UsageError
+from memmc.pipeline.results import Result
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.responses import DeploymentResponse
+    from prefect.events.schemas.automations import Automation
+
+AUTOMATIONS = "automations.yaml"
+_PAGE = 200
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that was, or would be, made, changed or removed.
+
+    Attributes:
+        action: create, update or delete.
+        what: work pool, deployment or automation.
+        name: of it.
+        fields: those that differ, each with what was and what shall be.
+    """
+
+    action: str
+    what: str
+    name: str
+    fields: dict[str, list[Any]] = field(default_factory=dict[str, list[Any]])
+
+
+@dataclass(frozen=True)
+class DeployResult(Result):
+    """The difference between file and server.
+
+    Attributes:
+        applied: False after a dry run.
+        waiting: automation to the notification blocks that have not been made on the server.
+    """
+
+    applied: bool
+    changes: list[Change]
+    unchanged: int
+    waiting: dict[str, list[str]]
+
+
+def deploy(file: Path, *, pool: str | None = None, dry_run: bool = False, work_dir: Path | None = None) -> DeployResult:
+    """Compare the file, and `automations.yaml` beside it, with the server that PREFECT_API_URL names; make them equal.
+
+    Args:
+        file: as infra/prefect.yaml.
+        pool: put all deployments into this pool.
+        work_dir: of a process pool for which the file names none; the current folder when absent.
+
+    Raises:
+        ConfigError: something in the files is not known, or out of range; nothing was changed.
+        UsageError: no server is named, or a parameter would show what it must not.
+        StorageError: the server cannot be reached, or refused a change.
+    """
+    if not os.environ.get("PREFECT_API_URL"):
+        raise UsageError("PREFECT_API_URL names no server; schedules need one that stays (`make stack` starts one)")
+    content, automations = read_deployments(file), read_automations(file.parent / AUTOMATIONS).automations
+    pools = desired_pools(content, work_dir or Path.cwd())
+    deployments = desired_deployments(content, pools, pool)
+    for automation in automations:
+        check_automation(automation)
+        _check_deployments(automation, deployments)
+    from httpx import HTTPError
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectException
+
+    try:
+        with get_client(sync_client=True) as client:
+            return _Server(client, dry_run).become(pools, deployments, automations)
+    except (HTTPError, PrefectException, RuntimeError) as error:
+        raise StorageError(
+            f"the Prefect server failed ({type(error).__name__}); check PREFECT_API_URL and PREFECT_API_AUTH_STRING; "
+            "what was done already is not done again by the next call"
+        ) from error
+
+
+def _check_deployments(automation: Mapping[str, Any], deployments: Mapping[str, Wanted]) -> None:
+    for action in automation["actions"]:
+        if action.get("deployment", next(iter(deployments))) not in deployments:
+            raise ConfigError(f"automation '{automation['name']}' runs {action['deployment']}, which is no deployment")
+
+
+class _Server:
+    """One comparison with one server."""
+
+    def __init__(self, client: SyncPrefectClient, dry_run: bool) -> None:
+        self._client, self._dry_run = client, dry_run
+        self._changes: list[Change] = []
+        self._unchanged = 0
+
+    def become(
+        self, pools: Mapping[str, Pool], wanted: Mapping[str, Wanted], automations: list[dict[str, Any]]
+    ) -> DeployResult:
+        for name in sorted({each.spec.work_pool.name for each in wanted.values()}):
+            self._pool(name, pools.get(name))
+        there = self._owned_deployments()
+        for name, each in wanted.items():
+            self._deployment(each, there.get(name))
+        waiting = self._automations(automations, {name: found.id for name, found in there.items()})
+        for name in sorted(there.keys() - wanted.keys()):
+            self._change(Change("delete", "deployment", name), partial(self._client.delete_deployment, there[name].id))
+        return DeployResult(not self._dry_run, self._changes, self._unchanged, waiting)
+
+    def _change(self, change: Change, do: Callable[[], object]) -> None:
+        self._changes.append(change)
+        if not self._dry_run:
+            do()
+
+    def _compare(self, what: str, name: str, now: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> Change | None:
+        """Return what to do about one thing, None when it is as it should be."""
+        if now is None:
+            return Change("create", what, name)
+        fields = {key: [now.get(key), value] for key, value in wanted.items() if now.get(key) != value}
+        if not fields:
+            self._unchanged += 1
+            return None
+        return Change("update", what, name, fields)
+
+    def _pool(self, name: str, wanted: Pool | None) -> None:
+        from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+        from prefect.exceptions import ObjectNotFound
+
+        try:
+            found = self._client.read_work_pool(name)
+        except ObjectNotFound:
+            found = None
+        if wanted is None:
+            if found is None:
+                raise ConfigError(f"work pool {name} is neither in the file nor on the server")
+            return
+        if found is not None and found.type != wanted.type:
+            raise ConfigError(f"work pool {name} is of type {found.type} on the server, {wanted.type} in the file")
+        facts: dict[str, Any] = {"description": wanted.description, "concurrency_limit": wanted.concurrency_limit}
+        facts["base_job_template"] = wanted.base_job_template
+        now = None if found is None else {key: getattr(found, key) for key in facts}
+        change = self._compare("work pool", name, now, facts)
+        if change is None:
+            return
+        if found is None:
+            made = WorkPoolCreate(name=name, type=wanted.type, **facts)
+            self._change(change, lambda: self._client.create_work_pool(made))
+        else:
+            changed = WorkPoolUpdate(**facts)
+            self._change(change, lambda: self._client.update_work_pool(name, changed))
+
+    def _owned_deployments(self) -> dict[str, DeploymentResponse]:
+        from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
+
+        owned = DeploymentFilter(tags=DeploymentFilterTags(all_=[OWNED]))
+        found: list[DeploymentResponse] = []
+        while page := self._client.read_deployments(deployment_filter=owned, limit=_PAGE, offset=len(found)):
+            found += page
+        flows = {each.flow_id: self._client.read_flow(each.flow_id).name for each in found}
+        return {f"{flows[each.flow_id]}/{each.name}": each for each in found}
+
+    def _deployment(self, wanted: Wanted, found: DeploymentResponse | None) -> None:
+        change = self._compare(
+            "deployment", wanted.name, None if found is None else _facts(found), _wanted(wanted, found)
+        )
+        if change is not None:
+            self._change(change, lambda: self._write(wanted, found))
+
+    def _write(self, wanted: Wanted, found: DeploymentResponse | None) -> None:
+        from prefect.client.schemas.objects import ConcurrencyOptions
+
+        spec = wanted.spec
+        limit = spec.concurrency_limit
+        options = None if limit is None else ConcurrencyOptions.model_validate(limit.model_dump(exclude={"limit"}))
+        self._client.create_deployment(
+            flow_id=self._client.create_flow_from_name(wanted.flow),
+            name=spec.name,
+            version=wanted.version,
+            schedules=wanted.schedules(_active(found)),
+            concurrency_limit=None if limit is None else limit.limit,
+            concurrency_options=options,
+            parameters=spec.parameters,
+            description=spec.description,
+            work_pool_name=spec.work_pool.name,
+            tags=spec.tags,
+            entrypoint=spec.entrypoint,
+            parameter_openapi_schema=wanted.parameter_schema,
+            paused=spec.paused,
+            pull_steps=[],
+            enforce_parameter_schema=True,
+            job_variables=spec.work_pool.job_variables,
+        )
+
+    def _automations(self, written: list[dict[str, Any]], deployments: Mapping[str, UUID]) -> dict[str, list[str]]:
+        there = self._owned_automations()
+        waiting: dict[str, list[str]] = {}
+        for each in written:
+            resolved = resolve_automation(each, self._block_id, lambda name: self._deployment_id(name, deployments))
+            if resolved.waits_for:
+                waiting[each["name"]] = resolved.waits_for
+            self._automation(each["name"], resolved, there.get(each["name"]))
+        for name in sorted(there.keys() - {each["name"] for each in written}):
+            self._change(Change("delete", "automation", name), partial(self._client.delete_automation, there[name].id))
+        return waiting
+
+    def _automation(self, name: str, resolved: Resolved, found: Automation | None) -> None:
+        wanted = resolved.wanted
+        if wanted is None:
+            return
+        facts = _comparable(wanted.model_dump(mode="json"))
+        change = self._compare(
+            "automation", name, None if found is None else _comparable(found.model_dump(mode="json")), facts
+        )
+        if change is None:
+            return
+        if found is None:
+            self._change(change, lambda: self._client.create_automation(wanted))
+        else:
+            identity = found.id
+            self._change(change, lambda: self._client.update_automation(identity, wanted))
+
+    def _owned_automations(self) -> dict[str, Automation]:
+        found: list[Automation] = []
+        while page := self._client.read_automations(limit=_PAGE, offset=len(found)):
+            found += page
+        return {each.name: each for each in found if OWNED in each.tags}
+
+    def _block_id(self, name: str) -> UUID | None:
+        from prefect.exceptions import ObjectNotFound
+
+        kind, _, block = name.partition("/")
+        try:
+            return self._client.read_block_document_by_name(block, kind, include_secrets=False).id
+        except ObjectNotFound:
+            return None
+
+    def _deployment_id(self, name: str, there: Mapping[str, UUID]) -> UUID:
+        """Return a deployment's id; of one that a dry run did not make, none."""
+        if name in there:
+            return there[name]
+        return UUID(int=0) if self._dry_run else self._client.read_deployment_by_name(name).id
+
+
+def _facts(found: DeploymentResponse) -> dict[str, Any]:
+    """Return what is compared of a deployment on the server."""
+    limit = found.global_concurrency_limit
+    options = found.concurrency_options
+    return {
+        "version": found.version,
+        "description": found.description,
+        "entrypoint": found.entrypoint,
+        "tags": sorted(found.tags),
+        "parameters": found.parameters,
+        "parameter_schema": found.parameter_openapi_schema,
+        "work_pool": found.work_pool_name,
+        "job_variables": found.job_variables,
+        "pull_steps": found.pull_steps or [],
+        "enforced": found.enforce_parameter_schema,
+        "paused": found.paused,
+        "concurrency": None if limit is None else {"limit": limit.limit} | _set(options),
+        "schedules": {
+            str(each.slug): each.schedule.model_dump(mode="json", exclude_none=True)
+            | {"parameters": each.parameters, "active": each.active}
+            for each in found.schedules
+        },
+    }
+
+
+def _wanted(wanted: Wanted, found: DeploymentResponse | None) -> dict[str, Any]:
+    """Return what is compared of a deployment of the file."""
+    spec, limit = wanted.spec, wanted.spec.concurrency_limit
+    return {
+        "version": wanted.version,
+        "description": spec.description,
+        "entrypoint": spec.entrypoint,
+        "tags": sorted(spec.tags),
+        "parameters": spec.parameters,
+        "parameter_schema": wanted.parameter_schema,
+        "work_pool": spec.work_pool.name,
+        "job_variables": spec.work_pool.job_variables,
+        "pull_steps": [],
+        "enforced": True,
+        "paused": spec.paused if spec.paused is not None else found is not None and found.paused,
+        "concurrency": None if limit is None else limit.model_dump(mode="json", exclude_none=True),
+        "schedules": {
+            str(each.slug): each.schedule.model_dump(mode="json", exclude_none=True)
+            | {"parameters": each.parameters, "active": each.active}
+            for each in wanted.schedules(_active(found))
+        },
+    }
+
+
+def _active(found: DeploymentResponse | None) -> dict[str, bool]:
+    return {} if found is None else {str(each.slug): each.active for each in found.schedules}
+
+
+def _set(options: Any) -> dict[str, Any]:
+    return {} if options is None else options.model_dump(mode="json", exclude_none=True)
+
+
+def _comparable(automation: dict[str, Any]) -> dict[str, Any]:
+    """Return an automation without what the server adds to it."""
+    kept = {key: value for key, value in automation.items() if key in {"name", "description", "enabled", "tags"}}
+    trigger = {key: value for key, value in automation["trigger"].items() if key != "id"}
+    for key in ("after", "expect", "for_each"):
+        if isinstance(trigger.get(key), list):
+            trigger[key] = sorted(trigger[key])
+    return kept | {"trigger": trigger, **{key: automation[key] for key in automation if key.startswith("actions")}}

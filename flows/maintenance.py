@@ -1,0 +1,84 @@
+"""The maintenance flow: check every byte of the lake, then free what nothing refers to."""
+
+# Annotations are evaluated here: Prefect could not resolve them as text when it loads the flow by its path.
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.calls import RETRY_DELAYS_S, Overrides, is_transient, run_step
+from flows.summary import as_markdown
+from memmc.config import Config
+from memmc.errors import IntegrityError
+from memmc.pipeline.progress import Progress
+from memmc.pipeline.results import Result
+
+_ON_STORAGE: dict[str, Any] = {
+    "retries": len(RETRY_DELAYS_S),
+    "retry_delay_seconds": RETRY_DELAYS_S,
+    "retry_condition_fn": is_transient,
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "result_serializer": "json",
+}
+
+
+def _run_name() -> str:
+    return f"maintenance-{datetime.now(UTC):%Y%m%d-%H%M}"
+
+
+@flow(name="maintenance", flow_run_name=_run_name, persist_result=False, result_serializer="json")
+def maintenance_flow(config: Overrides | None = None, vacuum: bool = True) -> dict[str, Any]:
+    """Check the lake, then free what nothing refers to; a damaged lake is left as it is, and the run fails.
+
+    Args:
+        config: settings that differ from the defaults, by section; never key material.
+        vacuum: delete files, or only check.
+    """
+    verdict = verify_tables(config)
+    publish_verdict(verdict)
+    if not verdict["whole"]:
+        raise IntegrityError(
+            f"{len(verdict['damages'])} files of the lake are damaged, see the table of this run; nothing was deleted. "
+            "Restore them from a copy, then run this again"
+        )
+    if vacuum:
+        freed = free_space(config)
+        counted = {name: len(freed[name]) for name in ("shards", "unfinished")} | {"uploads": freed["uploads"]}
+        create_markdown_artifact(as_markdown("Freed", counted), key="maintenance-freed")
+    return verdict
+
+
+@task(name="verify-tables", **_ON_STORAGE)
+def verify_tables(config: Overrides | None) -> dict[str, Any]:
+    """Read every byte against its checksums and balance the account."""
+
+    def step(resolved: Config, progress: Progress) -> Result:
+        from memmc.pipeline.lake_care import verify_lake
+
+        return verify_lake(resolved, progress)
+
+    return run_step("verify-lake", config, step)
+
+
+@task(name="free-space", **_ON_STORAGE)
+def free_space(config: Overrides | None) -> dict[str, Any]:
+    """Delete what no version of the last `lake.vacuum_hours` refers to."""
+
+    def step(resolved: Config, progress: Progress) -> Result:
+        from memmc.pipeline.lake_care import vacuum_lake
+
+        progress.stage("vacuum")
+        return vacuum_lake(resolved, dry_run=False)
+
+    return run_step("vacuum-lake", config, step)
+
+
+def publish_verdict(verdict: dict[str, Any]) -> None:
+    """Show each table's extent, and each damage."""
+    rows: list[dict[str, Any]] = [{"table": name, **found} for name, found in verdict["tables"].items()]
+    create_table_artifact(rows, key="maintenance-tables", description="Checked byte by byte")
+    if verdict["damages"]:
+        create_table_artifact(verdict["damages"], key="maintenance-damages", description="Damaged")
