@@ -103,7 +103,7 @@ def acting(actor: str, basis: str) -> Generator[None]:
 
 
 def recorded(
-    action: str, subject: Callable[[R], Mapping[str, Any] | None]
+    action: str, subject: Callable[[Any], Mapping[str, Any] | None]
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a step, whose first argument is the configuration, so that each call leaves one record.
 

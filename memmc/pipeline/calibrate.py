@@ -14,6 +14,7 @@ from memmc.errors import GateRefused
 from memmc.lake.schemas import CALIBRATIONS, SCHEMAS
 from memmc.lake.stream import stream
 from memmc.lake.tables import Lake
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
@@ -21,7 +22,8 @@ from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.quality import gate
 from memmc.pipeline.results import CalibrationResult
 from memmc.pipeline.select import normals, one_preparation
-from memmc.scoring.bulk import Keys, ScoringJob, features_of, join_features, model_files, score_columns
+from memmc.scoring.actor import ScoringJob, model_files
+from memmc.scoring.bulk import Keys, features_of, join_features, score_columns
 from memmc.scoring.calibration import smallest_rate, threshold_at
 from memmc.scoring.strata import Judge, Stratum, fit_strata
 from memmc.scoring.studies import normal_study_minima
@@ -30,6 +32,16 @@ from memmc.scoring.studies import normal_study_minima
 _FOLDS = 20
 
 
+@recorded(
+    "calibrate",
+    lambda done: {
+        "cohort": done.cohort,
+        "model": done.model,
+        "calibration_id": done.calibration_id,
+        "threshold": done.threshold,
+        "normals": done.num_normals,
+    },
+)
 def calibrate(
     config: Config, cohort: str | None = None, model: str | None = None, *, progress: Progress | None = None
 ) -> CalibrationResult:

@@ -20,6 +20,7 @@ from memmc.lake.schemas import CALIBRATIONS, INSTANCES, SCHEMAS
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease, running, stretched
 from memmc.lake.views import refuse_view
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import held_key, home_directory
 from memmc.pipeline.models import open_model, tracking_of
 from memmc.pipeline.progress import Progress, Silent
@@ -80,6 +81,18 @@ def pseudonym_of(config: Config, kind: Kind, original: str, issuer: str = "") ->
     return keyed_patient(key, original, issuer)
 
 
+@recorded(
+    "erase",
+    lambda done: {
+        "record": done.record,
+        "cohorts": done.cohorts,
+        "rows": done.rows,
+        "files": done.files,
+        "waiting": done.waiting,
+        "reports": len(done.reports),
+        "models": [model["model"] for model in done.models],
+    },
+)
 def erase(
     config: Config,
     kind: Kind,

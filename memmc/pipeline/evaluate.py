@@ -8,12 +8,23 @@ from pathlib import Path
 from memmc.config import Config
 from memmc.lake.tables import Lake
 from memmc.pipeline.assess import Assessment, assess
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import EvaluationResult
 
 
+@recorded(
+    "evaluate",
+    lambda done: {
+        "model": done.model,
+        "calibration_id": done.calibration_id,
+        "auroc": done.auroc,
+        "normal": done.num_normal,
+        "abnormal": done.num_abnormal,
+    },
+)
 def evaluate(
     config: Config,
     cohort: str,

@@ -14,6 +14,7 @@ from memmc.config import Config
 from memmc.dicom.deidentify import key_id, open_path
 from memmc.errors import DataError, UsageError
 from memmc.lake.tables import Lake
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import held_key, home_directory
 from memmc.pipeline.models import open_model
 from memmc.pipeline.select import newest_calibration, scored_instances
@@ -63,6 +64,7 @@ _TYPES: Mapping[str, pa.DataType] = {
 }  # every other column is text
 
 
+@recorded("scores", lambda done: {"rows": done.num_rows})
 def export_scores(
     config: Config, cohort: str, model: str | None, out: Path | None, level: Level = "instance"
 ) -> pa.Table:

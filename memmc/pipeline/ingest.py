@@ -21,6 +21,7 @@ from memmc.errors import StorageError, UsageError
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease
 from memmc.lake.views import refuse_view
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.cluster import ray_cluster, tasks_at_once
 from memmc.pipeline.convert_chunk import (
     IngestJob,
@@ -50,6 +51,18 @@ _LEAST_OBJECTS_PER_TASK = 16
 _LEAST_FAILURES, _MOST_FAILING = 3, 0.25  # a source that fails on more than this itself has failed
 
 
+@recorded(
+    "ingest",
+    lambda done: {
+        "run": done.run,
+        "seen": done.seen,
+        "stored": done.stored,
+        "duplicate": done.duplicate,
+        "excluded": done.excluded,
+        "quarantined": done.quarantined,
+        "version": done.version,
+    },
+)
 def ingest(
     config: Config,
     source: str,

@@ -10,6 +10,7 @@ from typing import Any
 from memmc.config import Config
 from memmc.errors import DataError, StorageError, UsageError
 from memmc.lake.tables import Lake
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.images import read_images
 from memmc.pipeline.models import open_model
@@ -23,6 +24,7 @@ _AT_ONCE = 64
 _BOX_COLOUR = (90, 200, 255)
 
 
+@recorded("maps", lambda done: {"model": done.model, "pictures": done.pictures})
 def maps(
     config: Config,
     cohort: str,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from memmc.config import Config
 from memmc.errors import DataError, StorageError, UsageError
 from memmc.lake.tables import Lake
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.images import read_pixels
 from memmc.pipeline.models import OpenModel, open_model
@@ -29,6 +30,15 @@ PARITY_SCANS = 64
 EXPORT_FORMAT = 1
 
 
+@recorded(
+    "export",
+    lambda done: {
+        "model": done.model,
+        "model_digest": done.model_digest,
+        "calibration_id": done.calibration_id,
+        "files": len(done.files),
+    },
+)
 def package(
     config: Config, model: str | None, out: Path, formats: Sequence[str], *, progress: Progress | None = None
 ) -> PackageResult:

@@ -24,6 +24,7 @@ from memmc.lake.schemas import INSTANCES, QUALITY, SCHEMAS
 from memmc.lake.stream import PIXEL_COLUMNS, pixels_to_array, read_rows, stream
 from memmc.lake.tables import Lake
 from memmc.lake.views import find_view
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.ingest import check_cohort
@@ -75,6 +76,10 @@ def preview(config: Config, cohort: str) -> PlanResult:
     )
 
 
+@recorded(
+    "gate",
+    lambda done: {"gate_id": done.gate_id, "looked_at": done.gated, "flagged": done.flagged, "version": done.version},
+)
 def gate(config: Config, cohort: str, *, reference: str | None = None, progress: Progress | None = None) -> GateResult:
     """Flag what should not be learned from: broken, turned, foreign and copied images of a cohort.
 

@@ -15,6 +15,7 @@ from memmc.dicom.deidentify import frame_uid, key_id, keyed_uid, seal_path
 from memmc.errors import DataError, IdentityKeyError
 from memmc.lake.schemas import LABELS, SCHEMAS
 from memmc.lake.tables import Lake
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import held_key, home_directory
 from memmc.pipeline.ingest import check_cohort
 from memmc.pipeline.labels import is_uid, read_table
@@ -26,6 +27,7 @@ _COLUMNS = ("cohort", "sop_instance_uid", "source_ref", "frame_number", "label")
 Row = dict[str, Any]
 
 
+@recorded("label", lambda done: {"stated": done.stated, "labels": done.labels, "version": done.version})
 def relabel(config: Config, cohort: str, labels_file: Path, *, dry_run: bool = False) -> LabelResult:
     """Give stored instances of a cohort the labels of a table; the newest opinion holds.
 

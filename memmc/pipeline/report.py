@@ -24,6 +24,7 @@ from memmc.evaluation.report_data import (
 )
 from memmc.lake.tables import Lake
 from memmc.pipeline.assess import Assessment, assess, read_maps
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.evaluate import as_result
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.images import read_images
@@ -57,6 +58,7 @@ def report(
     return report_and_evaluation(config, cohort, model, out=out, masks=masks, boxes=boxes, progress=progress)[0]
 
 
+@recorded("report", lambda done: {"model": done[0].model, "measured": done[1] is not None})
 def report_and_evaluation(
     config: Config,
     cohort: str,

@@ -16,6 +16,7 @@ from memmc.phi.identifiers import Identifiers, from_dicom, from_file, joined
 from memmc.phi.planes import Item, api_pages, place_items, state_items
 from memmc.phi.scan import Scan
 from memmc.phi.selftest import LEAKS, self_test
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import held_key, home_directory
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import Result
@@ -72,6 +73,14 @@ def identifiers_of(files: Sequence[Path], folders: Sequence[Path]) -> Identifier
     return joined([*(from_file(file) for file in files), *(from_dicom(folder) for folder in folders)])
 
 
+@recorded(
+    "scan-phi",
+    lambda done: (
+        {"identifiers": done.identifiers, "hits": done.num_hits, "unread": done.unread, "clean": done.clean}
+        if "lake" in done.planes
+        else None
+    ),
+)
 def scan_phi(
     config: Config,
     identifiers: Identifiers,

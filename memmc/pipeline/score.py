@@ -19,6 +19,7 @@ from memmc.lake.stream import stream
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease
 from memmc.lake.views import find_view, members
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.calibrate import has_gpu
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
@@ -29,7 +30,8 @@ from memmc.pipeline.results import PlanResult, ScoreResult
 from memmc.pipeline.score_ledger import ScoreLedger
 from memmc.pipeline.score_plan import ScorePlan, Unit, plan_scores
 from memmc.pipeline.select import newest_calibration
-from memmc.scoring.bulk import ScoringJob, complete, model_files, score_columns, score_shards
+from memmc.scoring.actor import ScoringJob, complete, model_files
+from memmc.scoring.bulk import score_columns, score_shards
 from memmc.scoring.regions import region_judge
 from memmc.scoring.strata import judge_of
 
@@ -54,6 +56,16 @@ def preview(
     return PlanResult(dict(counts))
 
 
+@recorded(
+    "score",
+    lambda done: {
+        "model": done.model,
+        "calibration_id": done.calibration_id,
+        "scored": done.scored,
+        "abnormal": done.abnormal,
+        "version": done.version,
+    },
+)
 def score(
     config: Config,
     cohort: str,

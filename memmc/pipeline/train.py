@@ -16,6 +16,7 @@ from memmc.config import Config
 from memmc.errors import ConfigError, DataError, ModelError
 from memmc.lake.tables import Lake
 from memmc.model.digest import WEIGHTS_FILE
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.calibrate import calibrate_model
 from memmc.pipeline.cluster import ray_cluster, require_cpus
 from memmc.pipeline.identity import home_directory
@@ -49,6 +50,17 @@ def preview(config: Config, cohort: str) -> PlanResult:
     )
 
 
+@recorded(
+    "train",
+    lambda done: {
+        "run": done.run,
+        "model": done.model,
+        "model_digest": done.model_digest,
+        "images": done.num_images,
+        "dataset_version": done.dataset_version,
+        "calibration_id": done.calibration.get("calibration_id"),
+    },
+)
 def train(config: Config, cohort: str, *, progress: Progress | None = None) -> TrainResult:
     """Train on a cohort's normal images, register the model, calibrate it on held-out normals.
 

@@ -7,15 +7,12 @@ killed and repeated; the last one written counts.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
-import json
 import os
-import socket
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,10 +26,14 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from memmc.config import Config
 from memmc.dicom.vault import open_originals, vault_key_id
 from memmc.errors import ConfigError, IdentityKeyError, IntegrityError, UsageError
+from memmc.lake.audit import Head, record_name
 from memmc.lake.storage import Storage
+from memmc.pipeline.audit import has_trail, note, note_in
 from memmc.pipeline.results import Result
 
-ENTRIES, AUDIT = "entries", "audit"
+ENTRIES = "entries"
+_PSEUDONYM = re.compile(r"2\.25\.[0-9]{1,39}")
+_RECORDED_AT_ONCE = 200
 SCHEMA: Final = pa.schema(
     [
         pa.field(
@@ -197,7 +198,7 @@ def resolve(config: Config, uids: Iterable[str], private_key: X25519PrivateKey) 
     Raises:
         UsageError: no vault is configured, or no pseudonym given.
         IdentityKeyError: an entry does not open.
-        StorageError: the vault cannot be read, or the audit line not be written.
+        StorageError: the vault cannot be read, or the audit record not be written.
     """
     if config.deid.vault_uri is None:
         raise UsageError("no vault is configured; set deid.vault_uri")
@@ -212,7 +213,7 @@ def resolve(config: Config, uids: Iterable[str], private_key: X25519PrivateKey) 
         for uid in asked
         if uid in entries
     }
-    audit = _write_audit(vault, own, asked, len(originals))
+    audit = _record(config, vault, own, asked, len(originals))
     return Resolved(originals, [uid for uid in asked if uid not in originals], audit)
 
 
@@ -253,19 +254,18 @@ def forget(config: Config, column: str, pseudonym: str) -> int:
     return removed
 
 
-def _write_audit(vault: Storage, own: str, asked: list[str], found: int) -> str:
-    now = datetime.now(UTC)
-    line = {
-        "at": now.isoformat(),
-        "user": getpass.getuser(),
-        "host": socket.gethostname(),
-        "action": "resolve",
-        "vault_key_id": own,
-        "asked": len(asked),
-        "found": found,
-        "pseudonyms": asked,
-        "digest": hashlib.sha256("\n".join(sorted(asked)).encode()).hexdigest(),
-    }
-    name = f"{AUDIT}/{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.jsonl"
-    vault.create(name, json.dumps(line).encode() + b"\n")
-    return name
+def _record(config: Config, vault: Storage, own: str, asked: list[str], found: int) -> str:
+    """Record in the vault's audit trail who asked for which pseudonyms, and in the lake's, where there is one, that.
+
+    What was asked for and has no pseudonym's form may be anything, and is counted alone.
+    """
+    digest = hashlib.sha256("\n".join(sorted(asked)).encode()).hexdigest()
+    counts: dict[str, Any] = {"vault_key_id": own, "asked": len(asked), "found": found, "digest": digest}
+    pseudonyms = [uid for uid in asked if _PSEUDONYM.fullmatch(uid)]
+    head = Head()
+    for start in range(0, len(pseudonyms) or 1, _RECORDED_AT_ONCE):
+        some = pseudonyms[start : start + _RECORDED_AT_ONCE]
+        head = note_in(vault, "vault-resolve", pseudonyms=some, **counts)
+    if has_trail(config):
+        note(config, "vault-resolve", **counts)
+    return record_name(head.sequence)

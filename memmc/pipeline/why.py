@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from memmc.config import Config
 from memmc.errors import DataError, StorageError
 from memmc.lake.tables import Lake
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.images import read_images
 from memmc.pipeline.models import open_model
@@ -30,6 +31,14 @@ class Place:
     peak_patch: int
 
 
+@recorded(
+    "explain",
+    lambda done: {
+        "model": done.model,
+        "calibration_id": done.calibration_id,
+        "sop_instance_uid": done.sop_instance_uid,
+    },
+)
 def why(
     config: Config,
     cohort: str,

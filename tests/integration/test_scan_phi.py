@@ -210,7 +210,7 @@ def test_a_bucket_is_searched_and_holds_a_vault(bucket: str, tmp_path: Path) -> 
         cwd=tmp_path,
     )
     assert opened["originals"]["2.25.1"]["patient_id"] == "MRN7QUOXX"
-    assert json.loads(vault.read(opened["audit"]))["found"] == 1
+    assert json.loads(vault.read(opened["audit"]))["subject"]["found"] == 1
 
 
 def instance(patient: str) -> Instance:

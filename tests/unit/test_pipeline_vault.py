@@ -22,6 +22,7 @@ from memmc.dicom.read import read_instance
 from memmc.dicom.sandbox import Sandbox, _checked_seal  # pyright: ignore[reportPrivateUsage]
 from memmc.dicom.vault import open_originals, seal_originals
 from memmc.errors import ConfigError, IdentityKeyError, UsageError
+from memmc.lake.audit_check import verify_chain
 from memmc.lake.shards import read_shard
 from memmc.lake.storage import Storage
 from memmc.phi.planes import local_items
@@ -139,13 +140,14 @@ def test_from_pseudonym_to_original(here: Path) -> None:
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert (told["originals"], told["missing"]) == ({uid: EXPECTED}, [])
-    line = json.loads((here / "vault" / told["audit"]).read_text())
+    line = json.loads((here / "vault" / told["audit"]).read_text())["subject"]
     assert (line["asked"], line["found"], line["pseudonyms"]) == (1, 1, [uid])
     assert "QUOXX" not in json.dumps(line)
     half = asked([uid, "2.25.7"])
     assert half.exit_code == 1
     assert json.loads(half.stdout) == {uid: EXPECTED}
-    assert len(list((here / "vault" / "audit").iterdir())) == 2
+    trail = verify_chain(Storage.open(here / "vault"))
+    assert (trail.head.sequence, trail.findings) == (2, [])
 
 
 def test_neither_vault_nor_lake_holds_an_identifier(here: Path) -> None:
