@@ -13,7 +13,7 @@ import numpy as np
 
 from memmc.config import MonitorConfig
 from memmc.monitoring import shift
-from memmc.monitoring.shift import Floats, Difference
+from memmc.monitoring.shift import Difference, Floats
 
 POOLED = "pooled"
 

@@ -81,7 +81,7 @@ def plan_scores(
         UsageError: `since` is neither a date nor a version.
     """
     version = lake.version(INSTANCES)
-    moment, older = _since(lake, cohort, since)
+    moment, older = since_limits(lake, cohort, since)
     flagged = kept_from_scores(lake, cohort)
     done, held = ledger.known(), pa.array(sorted(flagged), pa.string())
     columns = [*_KEYS, *_KINDS, "ingested_at"]
@@ -91,7 +91,7 @@ def plan_scores(
     left = limit
     where: Filter = {"cohort": cohort, "outcome": "stored", **({} if only is None else {"sop_instance_uid": only})}
     for file in lake.files(INSTANCES, version, where):
-        rows = _newer(
+        rows = newer(
             select_rows(read_file(lake.storage, INSTANCES, file, list(dict.fromkeys([*columns, *where]))), where),
             moment,
             older,
@@ -141,7 +141,7 @@ def _reasons(
     if flagged:
         where: Filter = {"cohort": cohort, "outcome": "stored", "sop_instance_uid": list(flagged)}
         parts.append(lake.read(INSTANCES, columns, version, where))
-    rows = _newer(pa.concat_tables(parts), moment, older)
+    rows = newer(pa.concat_tables(parts), moment, older)
     rows = rows.filter(_not_in(rows["sop_instance_uid"], ledger.known(without_score=True)))
     found: dict[str, dict[str, Any]] = {}
     for row in rows.to_pylist():
@@ -151,8 +151,12 @@ def _reasons(
     return pa.Table.from_pylist(list(found.values()), schema=schema)
 
 
-def _since(lake: Lake, cohort: str, since: str | None) -> tuple[datetime | None, pa.Array | None]:
-    """Return the earliest time, or the object keys that are too old."""
+def since_limits(lake: Lake, cohort: str, since: str | None) -> tuple[datetime | None, pa.Array | None]:
+    """Return the earliest time, or the object keys that are too old, of a `since` as in `plan_scores`.
+
+    Raises:
+        UsageError: it is neither a date nor a version.
+    """
     if since is None:
         return None, None
     if re.fullmatch(r"[0-9]{1,7}", since):
@@ -164,7 +168,8 @@ def _since(lake: Lake, cohort: str, since: str | None) -> tuple[datetime | None,
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC), None
 
 
-def _newer(rows: pa.Table, moment: datetime | None, older: pa.Array | None) -> pa.Table:
+def newer(rows: pa.Table, moment: datetime | None, older: pa.Array | None) -> pa.Table:
+    """Return the rows within the limits of `since_limits`; they need `object_key` and `ingested_at`."""
     if older is not None:
         return rows.filter(_not_in(rows["object_key"], older))
     if moment is not None:
