@@ -27,6 +27,7 @@ from memmc.cli import (
     selection,
     summaries,
     vault,
+    watching,
 )
 from memmc.cli import erase as erasure
 from memmc.cli import lake as lake_verbs
@@ -332,6 +333,7 @@ app.add_typer(lake_verbs.app, name="lake")
 app.command(name="erase")(erasure.erase)
 app.command(name="export")(packaging.export)
 app.command(name="deploy")(deploying.deploy)
+app.command(name="drift")(watching.drift)
 app.command(name="maps")(mapping.maps)
 app.command(name="explain")(mapping.explain)
 
