@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.deadline import time_limit
 from flows.embedded import await_server, prepare
-from flows.naming import check_cohort
+from flows.naming import TAG, check_cohort
 from flows.progress import Both, PrefectProgress
 from memmc.config import Config, load_config
 from memmc.errors import IdentityKeyError, MemmcError, StorageError, UsageError
@@ -89,7 +90,10 @@ def call_flow(
     caller = Caller(config, progress, given)
     token = _CALLER.set(caller)
     try:
-        return flow()(**shown)
+        from prefect import tags
+
+        with tags(TAG):
+            return flow()(**shown)
     except Exception as error:  # noqa: BLE001 - the boundary: nothing of Prefect's may hide what the step raised
         failure = caller.error or _explain(error)
     finally:
@@ -109,6 +113,12 @@ def given_place(name: str, parameter: str) -> str:
     return parameter if caller is None else caller.places.get(name, parameter)
 
 
+def kept_places() -> list[str]:
+    """Return the parameters whose places the caller keeps from Prefect."""
+    caller = _CALLER.get()
+    return [] if caller is None else sorted(caller.places)
+
+
 def run_step(key: str, config: Overrides | None, step: Callable[[Config, Progress], Result | None]) -> dict[str, Any]:
     """Do one step inside a task: resolve the configuration, show progress, let only shareable errors out.
 
@@ -126,7 +136,8 @@ def run_step(key: str, config: Overrides | None, step: Callable[[Config, Progres
         resolved = caller.config if caller else config_of(config)
         adopt(os.environ)
         secret = resolved.deid.key_secret
-        with nullcontext() if secret is None else holding(secret_value(secret)), PrefectProgress(key) as shown:
+        held = nullcontext() if secret is None else holding(secret_value(secret))
+        with time_limit(resolved.operate.deadline_minutes), held, PrefectProgress(key) as shown:
             result = step(resolved, Both(caller.progress, shown) if caller else shown)
         if caller:
             caller.error = None  # an earlier try's
@@ -184,8 +195,12 @@ def config_of(overrides: Overrides | None) -> Config:
     Raises:
         ConfigError: unknown key or value out of range.
     """
-    settings = [f"{s}.{k}={_text(value)}" for s, fields in (overrides or {}).items() for k, value in fields.items()]
-    return load_config(os.environ.get("MEMMC_CONFIG"), os.environ, settings)
+    return load_config(os.environ.get("MEMMC_CONFIG"), os.environ, setting_arguments(overrides or {}))
+
+
+def setting_arguments(overrides: Overrides) -> list[str]:
+    """Return settings as `--set` takes them."""
+    return [f"{s}.{k}={_text(value)}" for s, fields in overrides.items() for k, value in fields.items()]
 
 
 def refuse_credentials(parameters: Any) -> None:

@@ -10,10 +10,11 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, given_place, is_transient, run_step
 from flows.naming import Cohort, artifact_key, run_name
+from flows.ray_job import on_cluster, stop_cluster_jobs
 from memmc.config import Config
 from memmc.errors import UsageError
 from memmc.pipeline.progress import Progress
-from memmc.pipeline.results import IngestResult, Result
+from memmc.pipeline.results import IngestResult
 
 _OUTCOMES = ("stored", "duplicate", "excluded", "quarantined")
 
@@ -41,7 +42,13 @@ def run(
     return IngestResult(**account)
 
 
-@flow(name="ingest", flow_run_name=run_name("ingest"), persist_result=False, result_serializer="json")
+@flow(
+    name="ingest",
+    flow_run_name=run_name("ingest"),
+    persist_result=False,
+    result_serializer="json",
+    on_cancellation=[stop_cluster_jobs],
+)
 def ingest_flow(
     cohort: Cohort,
     source: str | None = None,
@@ -78,7 +85,7 @@ def ingest_objects(
 ) -> dict[str, Any]:
     """List, convert and commit; safe to try again, since nothing is committed before the end."""
 
-    def step(resolved: Config, progress: Progress) -> Result:
+    def step(resolved: Config, progress: Progress) -> IngestResult:
         from memmc.pipeline.ingest import ingest
 
         labels = None if labels_file is None else given_place("labels_file", labels_file)
@@ -87,7 +94,8 @@ def ingest_objects(
             raise UsageError("nothing says what to ingest; set source.uri in the worker's configuration")
         return ingest(resolved, place, cohort, label=label, labels_file=labels, progress=progress)
 
-    return run_step(f"ingest-{cohort}", config, step)
+    job = on_cluster(step, "ingest", IngestResult, source, cohort=cohort, label=label, labels=labels_file)
+    return run_step(f"ingest-{cohort}", config, job)
 
 
 def publish_account(cohort: str, account: dict[str, Any]) -> None:

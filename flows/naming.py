@@ -13,6 +13,7 @@ from memmc.errors import UsageError
 
 # The form cohort names have everywhere; checked by Prefect before a run begins, so that no other text becomes a name.
 _COHORT = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+TAG = "memmc"  # of every run, by which automations know it
 Cohort = Annotated[str, Field(pattern=_COHORT)]
 
 

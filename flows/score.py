@@ -10,11 +10,12 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, is_transient, run_step
 from flows.naming import Cohort, artifact_key, run_name
+from flows.ray_job import on_cluster, stop_cluster_jobs
 from flows.summary import as_markdown
 from memmc.config import Config
 from memmc.errors import DataError
 from memmc.pipeline.progress import Progress
-from memmc.pipeline.results import Result, ScoreResult
+from memmc.pipeline.results import EvaluationResult, ReportResult, Result, ScoreResult
 
 _ON_STORAGE: dict[str, Any] = {
     "retries": len(RETRY_DELAYS_S),
@@ -45,7 +46,13 @@ def run(
     return ScoreResult(**scored)
 
 
-@flow(name="score", flow_run_name=run_name("score"), persist_result=False, result_serializer="json")
+@flow(
+    name="score",
+    flow_run_name=run_name("score"),
+    persist_result=False,
+    result_serializer="json",
+    on_cancellation=[stop_cluster_jobs],
+)
 def score_flow(
     cohort: Cohort,
     model: str | None = None,
@@ -82,42 +89,48 @@ def score_instances(
 ) -> dict[str, Any]:
     """Score and commit; a second try scores only what is still missing."""
 
-    def step(resolved: Config, progress: Progress) -> Result:
+    def step(resolved: Config, progress: Progress) -> ScoreResult:
         from memmc.pipeline.score import score
 
         return score(resolved, cohort, model, since=since, limit=limit, progress=progress)
 
-    return run_step(f"score-{cohort}", config, step)
+    job = on_cluster(step, "score", ScoreResult, cohort=cohort, model=model, since=since, limit=limit)
+    return run_step(f"score-{cohort}", config, job)
 
 
 @task(name="evaluate-model", **_ON_STORAGE)
 def evaluate_model(cohort: str, model: str, config: Overrides | None) -> dict[str, Any]:
     """Measure; an empty result when the cohort is not labelled."""
 
-    def step(resolved: Config, progress: Progress) -> Result | None:
+    def step(resolved: Config, progress: Progress) -> EvaluationResult:
         from memmc.pipeline.evaluate import evaluate
 
+        return evaluate(resolved, cohort, model, progress=progress)
+
+    job = on_cluster(step, "evaluate", EvaluationResult, cohort=cohort, model=model)
+
+    def step_or_nothing(resolved: Config, progress: Progress) -> Result | None:
         try:
-            return evaluate(resolved, cohort, model, progress=progress)
+            return job(resolved, progress)
         except DataError as error:
             if type(error) is not DataError:
                 raise
             progress.message(f"not evaluated: {error}")
             return None
 
-    return run_step(f"evaluate-{cohort}", config, step)
+    return run_step(f"evaluate-{cohort}", config, step_or_nothing)
 
 
 @task(name="write-report", **_ON_STORAGE)
 def write_report(cohort: str, model: str, config: Overrides | None) -> dict[str, Any]:
     """Write the report into the lake."""
 
-    def step(resolved: Config, progress: Progress) -> Result:
+    def step(resolved: Config, progress: Progress) -> ReportResult:
         from memmc.pipeline.report import report
 
         return report(resolved, cohort, model, progress=progress)
 
-    return run_step(f"report-{cohort}", config, step)
+    return run_step(f"report-{cohort}", config, on_cluster(step, "report", ReportResult, cohort=cohort, model=model))
 
 
 def as_link(place: str) -> str:

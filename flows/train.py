@@ -10,10 +10,11 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, is_transient, run_step
 from flows.naming import Cohort, artifact_key, run_name
+from flows.ray_job import on_cluster, stop_cluster_jobs
 from flows.summary import as_markdown
 from memmc.config import Config
 from memmc.pipeline.progress import Progress
-from memmc.pipeline.results import Result, TrainResult
+from memmc.pipeline.results import TrainResult
 
 
 def run(config: Config, cohort: str, *, home: Path, progress: Progress) -> TrainResult:
@@ -22,7 +23,13 @@ def run(config: Config, cohort: str, *, home: Path, progress: Progress) -> Train
     return TrainResult(**trained)
 
 
-@flow(name="train", flow_run_name=run_name("train"), persist_result=False, result_serializer="json")
+@flow(
+    name="train",
+    flow_run_name=run_name("train"),
+    persist_result=False,
+    result_serializer="json",
+    on_cancellation=[stop_cluster_jobs],
+)
 def train_flow(cohort: Cohort, config: Overrides | None = None) -> dict[str, Any]:
     """Learn a cohort's normal scans, calibrate on held-out ones, register the model.
 
@@ -48,9 +55,9 @@ def train_flow(cohort: Cohort, config: Overrides | None = None) -> dict[str, Any
 def train_model(cohort: str, config: Overrides | None) -> dict[str, Any]:
     """Train, calibrate and register."""
 
-    def step(resolved: Config, progress: Progress) -> Result:
+    def step(resolved: Config, progress: Progress) -> TrainResult:
         from memmc.pipeline.train import train
 
         return train(resolved, cohort, progress=progress)
 
-    return run_step(f"train-{cohort}", config, step)
+    return run_step(f"train-{cohort}", config, on_cluster(step, "train", TrainResult, cohort=cohort))
