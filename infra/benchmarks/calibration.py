@@ -26,7 +26,8 @@ from memmc.lake.stream import read_rows
 from memmc.lake.tables import Lake
 from memmc.pipeline.models import open_model
 from memmc.pipeline.select import normals
-from memmc.scoring.bulk import Reconstructor, ScoringJob, join_features, model_files, score_columns
+from memmc.scoring.actor import Reconstructor, ScoringJob, model_files
+from memmc.scoring.bulk import join_features, score_columns
 from memmc.scoring.calibration import observed_rate_interval
 from memmc.scoring.scorer import Features, fit_and_calibrate, make_scorer
 from memmc.scoring.strata import Judge, fit_strata

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from memmc.config.section import Fraction, Positive, Section
 
@@ -27,6 +27,13 @@ class ScoreConfig(Section):
         default=4,
         description="Forward passes per image, a multiple of 1 / (1 - mask_ratio) (complementary masks) [choice].",
     )
+    early_stop: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.2,
+        description="End the passes of an image when its verdict is certain; of normals at most this share may get "
+        "another verdict than all passes give. Fixed by calibration; 0 = every image gets all passes.",
+    )
     batch_size: int = Field(
         default=0, ge=0, description="Images judged together; found by each actor at its start when 0."
     )
@@ -39,6 +46,12 @@ class ScoreConfig(Section):
     num_actors: Positive = Field(default=2, description="Scoring actors.")
     grid: Positive = Field(default=4, description="Side of the coarse grid of residual features, cells [choice].")
     components: Positive = Field(default=16, description="Principal components of the residual statistics [choice].")
+
+    @model_validator(mode="after")
+    def _paper_mode_is_whole(self) -> ScoreConfig:
+        if self.early_stop and self.scorer == "pasted_ms_ssim":
+            raise ValueError("score.early_stop needs complementary masks; score.scorer = pasted_ms_ssim has none")
+        return self
 
 
 class CalibrateConfig(Section):

@@ -69,6 +69,22 @@ _TYPES: Final = {
             }
         )
     ),
+    "stop_rule": pa.struct(
+        {
+            "bound": pa.float64(),
+            "thresholds": pa.list_(pa.struct({"stratum": pa.string(), "threshold": pa.float64()})),
+            "stages": pa.list_(
+                pa.struct(
+                    {
+                        "passes": pa.int32(),
+                        "low": pa.float64(),
+                        "high": pa.float64(),
+                        "scorer_state": pa.binary(),  # safetensors
+                    }
+                )
+            ),
+        }
+    ),
     "time": pa.timestamp("us", tz="UTC"),
 }
 
@@ -147,6 +163,7 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "not_scored str?",  # reason code of an instance that has no score
         "uncertainty_map bytes?",  # float16 like anomaly_map: standard deviation over passes, grey values in [0, 1]
         "regions regions?",  # connected parts of the map above the calibration's map_level, highest peak first
+        "passes_used i32?",  # forward passes behind the score
     ),
     CALIBRATIONS: _schema(
         "calibration_id str",
@@ -169,6 +186,7 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "study_p_values f64s?",  # smallest p-value of each held-out normal study, sorted
         "map_level f64?",  # map value above which a region stands out
         "normal_peaks f64s?",  # highest map value of each held-out normal, sorted
+        "early_stop stop_rule?",  # when an image needs no further pass; null where all get all
     ),
     LABELS: _schema("cohort str", "sop_instance_uid str", "label str", "source str", "labelled_at time"),
     COHORTS: _schema("name str", "bases strs", "rule str", "created_at time"),  # rule: JSON, column -> allowed values

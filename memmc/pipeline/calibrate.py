@@ -5,9 +5,10 @@ from __future__ import annotations
 import uuid
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from memmc.config import Config
 from memmc.errors import GateRefused
@@ -25,8 +26,12 @@ from memmc.pipeline.select import normals, one_preparation
 from memmc.scoring.actor import ScoringJob, model_files
 from memmc.scoring.bulk import Keys, features_of, join_features, score_columns
 from memmc.scoring.calibration import smallest_rate, threshold_at
+from memmc.scoring.early_stop import StopRule, fit_early_stop
 from memmc.scoring.strata import Judge, Stratum, fit_strata
 from memmc.scoring.studies import normal_study_minima
+
+if TYPE_CHECKING:
+    from memmc.scoring.scorer import CrossFit
 
 # The fits that judge hold-out scores lack 1/20 of the normals, so they are hardly stricter than the final one.
 _FOLDS = 20
@@ -68,8 +73,6 @@ def calibrate_model(
     config: Config, ray: Any, lake: Lake, model: OpenModel, cohort: str, progress: Progress
 ) -> CalibrationResult:
     """Calibrate an opened model on a connected cluster; see `calibrate`."""
-    from memmc.scoring.scorer import fit_and_calibrate, make_scorer
-
     version = model.dataset_version if cohort == model.cohort else lake.version("instances")
     rows = normals(lake, cohort, "calibrate", version)
     model.require({str(one_preparation(rows)["preprocess_id"])})
@@ -79,17 +82,9 @@ def calibrate_model(
             "(calibrate.min_normals); ingest more normals or raise split.calibrate"
         )
     progress.stage("calibrate", len(rows))
-    features, keys = _features(config, ray, lake, model, cohort, version, rows, progress)
-    fitted = fit_and_calibrate(make_scorer(config.score), features, keys.patients, folds=_FOLDS, seed=config.train.seed)
+    fitted, keys, stop = _fit(config, _features(config, ray, lake, model, cohort, version, rows, progress))
     settings = config.calibrate
-    strata = fit_strata(
-        fitted.normal_scores_N,
-        keys.strata,
-        keys.patients,
-        settings.rates,
-        settings.false_positive_rate,
-        settings.min_stratum_normals,
-    )
+    strata = _strata(config, fitted.normal_scores_N, keys)
     identifier = uuid.uuid4().hex[:16]
     row = {
         "calibration_id": identifier,
@@ -117,6 +112,7 @@ def calibrate_model(
             keys.strata,
             keys.studies,
         ).tolist(),
+        "early_stop": stop.as_row() if stop else None,
     }
     lake.append(CALIBRATIONS, pa.Table.from_pylist([row], schema=SCHEMAS[CALIBRATIONS]), f"calibrate-{identifier}")
     return as_result(row, len(set(keys.patients)))
@@ -153,19 +149,56 @@ def _features(
     version: int,
     rows: list[dict[str, Any]],
     progress: Progress,
-) -> tuple[Any, Keys]:
-    """Return the features of held-out normals and whose they are."""
+) -> list[pa.Table]:
+    """Return the features of held-out normals, after each number of passes at which an image may stop."""
     files = lake.files("instances", version, {"outcome": "stored", "split": "calibrate", "cohort": cohort})
     strata = config.calibrate.strata
     keys = [row["object_key"] for row in rows]
     dataset = stream(lake.storage, files, score_columns(strata), parallelism=len(files), keys=keys)
-    job = ScoringJob(model_files(model.folder), config.score, use_gpu=has_gpu(ray, config), strata=strata)
+    job = ScoringJob(
+        model_files(model.folder),
+        config.score,
+        use_gpu=has_gpu(ray, config),
+        strata=strata,
+        each_stage=config.score.early_stop > 0,
+    )
     tables: list[pa.Table] = []
     for table in features_of(ray, dataset, job):
         if table.num_rows:
             tables.append(table)
-            progress.advance(sum(part.num_rows for part in tables))
-    return join_features(tables)
+            progress.advance(len({uid for part in tables for uid in part["sop_instance_uid"].to_pylist()}))
+    return tables
+
+
+def _fit(config: Config, tables: list[pa.Table]) -> tuple[CrossFit, Keys, StopRule | None]:
+    """Fit the scorer, and the rule that ends passes early where it is wanted; the normals are scored by that rule."""
+    from memmc.scoring.scorer import fit_and_calibrate, make_scorer
+
+    scorer, fits, keys = make_scorer(config.score), dict[int, CrossFit](), None
+    for passes in sorted({number for table in tables for number in table["passes"].unique().to_pylist()}):
+        part = [
+            table.filter(pc.call_function("equal", [table["passes"], pa.scalar(passes, pa.int32())]))
+            for table in tables
+        ]
+        features, keys = join_features(part)
+        fits[passes] = fit_and_calibrate(scorer, features, keys.patients, folds=_FOLDS, seed=config.train.seed)
+    assert keys is not None
+    final = fits.pop(max(fits))
+    if not fits:
+        return final, keys, None
+    thresholds = {
+        item.stratum: threshold_at(item.normal_scores, config.calibrate.false_positive_rate)
+        for item in _strata(config, final.normal_scores_N, keys)
+        if item.refused is None
+    }
+    rule, fitted = fit_early_stop(fits, final, keys.strata, thresholds, config.score.early_stop)
+    return fitted, keys, rule
+
+
+def _strata(config: Config, scores_N: Any, keys: Keys) -> list[Stratum]:
+    settings = config.calibrate
+    rates = (settings.rates, settings.false_positive_rate, settings.min_stratum_normals)
+    return fit_strata(scores_N, keys.strata, keys.patients, *rates)
 
 
 def has_gpu(ray: Any, config: Config) -> bool:

@@ -32,6 +32,7 @@ from memmc.pipeline.score_plan import ScorePlan, Unit, plan_scores
 from memmc.pipeline.select import newest_calibration
 from memmc.scoring.actor import ScoringJob, complete, model_files
 from memmc.scoring.bulk import score_columns, score_shards
+from memmc.scoring.early_stop import StopRule
 from memmc.scoring.regions import region_judge
 from memmc.scoring.strata import judge_of
 
@@ -271,6 +272,7 @@ class _Run:
             scorer_state=self.calibration["scorer_state"],
             judge=judge_of(self.calibration),
             fixed=self._fixed(),
+            stop=StopRule.from_row(self.calibration["early_stop"]),
             regions=region_judge(self.calibration, fit_of(self.config, self.model)),
         )
 

@@ -92,7 +92,7 @@ def calibrations(lake: Lake, model: OpenModel) -> list[dict[str, Any]]:
         return []
     columns = ["calibration_id", "cohort", "dataset_version", "preprocess_id", "scorer", "false_positive_rate"]
     columns += ["threshold", "num_normals", "normal_scores", "map_scale", "scorer_state", "created_at"]
-    columns += ["passes", "strata_columns", "strata", "study_p_values", "map_level", "normal_peaks"]
+    columns += ["passes", "strata_columns", "strata", "study_p_values", "map_level", "normal_peaks", "early_stop"]
     table = lake.read("calibrations", columns, filter={"model_digest": model.digest})
     return sorted(table.to_pylist(), key=lambda row: row["created_at"])
 

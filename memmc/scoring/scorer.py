@@ -95,6 +95,10 @@ class ScoreBatch:
     anomaly_map_BHW: NDArray[np.float32]
     spread_B: NDArray[np.float64]
 
+    def take(self, index: NDArray[np.integer] | NDArray[np.bool_]) -> ScoreBatch:
+        """Return the scores of some of the images."""
+        return ScoreBatch(self.anomaly_score_B[index], self.anomaly_map_BHW[index], self.spread_B[index])
+
 
 class Scorer(ABC):
     """Turns images in [0, 1] and their reconstruction, in the same unit, into scores and maps. Immutable."""

@@ -16,7 +16,7 @@ from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.tables import Lake
 from memmc.pipeline.score_ledger import ScoreLedger
 from memmc.pipeline.score_plan import plan_scores
-from memmc.scoring.bulk import complete
+from memmc.scoring.actor import complete
 
 FIXED = {
     "cohort": "a", "model": "m/1", "model_digest": "d", "calibration_id": "c", "dataset_version": 0,

@@ -12,7 +12,8 @@ import torch
 from memmc.config import ModelConfig, ScoreConfig
 from memmc.model.artifact import ModelInfo, export_model
 from memmc.model.mae import MemMCMAE
-from memmc.scoring.bulk import Reconstructor, ScoringJob, join_features, model_files
+from memmc.scoring.actor import Reconstructor, ScoringJob, model_files
+from memmc.scoring.bulk import join_features
 from memmc.scoring.maps import decode_map
 from memmc.scoring.scorer import fit_and_calibrate, make_scorer
 from memmc.scoring.strata import Judge, fit_strata

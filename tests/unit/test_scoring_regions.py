@@ -12,7 +12,8 @@ from scipy.ndimage import gaussian_filter
 from memmc.config import ScoreConfig
 from memmc.lake.schemas import SCHEMAS, SCORES
 from memmc.lake.tables import Lake
-from memmc.scoring.bulk import Reconstructor, ScoringJob, complete, score_columns
+from memmc.scoring.actor import Reconstructor, ScoringJob, complete
+from memmc.scoring.bulk import score_columns
 from memmc.scoring.calibration import threshold_at
 from memmc.scoring.maps import decode_map
 from memmc.scoring.regions import RegionJudge, map_columns, region_judge
@@ -113,7 +114,7 @@ def test_an_actor_writes_the_uncertainty_of_its_passes() -> None:
     from pathlib import Path
 
     from memmc.model.artifact import export_model
-    from memmc.scoring.bulk import model_files
+    from memmc.scoring.actor import model_files
     from memmc.scoring.strata import judge_of
 
     loaded, stored = scored_model.model(), scored_model.pixels(24)
