@@ -47,7 +47,7 @@ from memmc.cli.options import (
     call,
     prepare_flows,
 )
-from memmc.errors import MemmcError
+from memmc.errors import MemmcError, UsageError
 
 if TYPE_CHECKING:
     from memmc.pipeline.demo import Steps
@@ -110,11 +110,14 @@ def _flow_steps() -> Steps:
 
 @app.command()
 def ingest(
-    source: Annotated[
-        str,
-        typer.Argument(metavar="SOURCE", help="Folder, ZIP file, s3://, orthanc+https:// or dicomweb+https:// URI."),
-    ],
     cohort: CohortOption,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder, ZIP file, s3://, orthanc+https:// or dicomweb+https:// URI; source.uri when absent.",
+        ),
+    ] = None,
     label: Annotated[
         str | None, typer.Option("--label", help="Label of every object: normal, abnormal or unknown.")
     ] = None,
@@ -131,6 +134,9 @@ def ingest(
     """Bring DICOM objects into the lake: each becomes one row, with pixels or with a reason."""
     labels_file = str(labels) if labels else None
     with call(lake, config, settings, as_json=as_json, flow=flow) as run:
+        source = source or run.config.source.uri
+        if source is None:
+            raise UsageError("nothing says what to ingest; name a SOURCE, or set source.uri")
         if dry_run:
             from memmc.pipeline.ingest import preview
 
