@@ -1,0 +1,67 @@
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memmc.config import OperateConfig
+from memmc.pipeline.window import Shift, Window
+
+
+def window(text, zone="UTC"):
+    return Window.of(OperateConfig(window=text, timezone=zone))
+
+
+def at(text):
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("now", "left_h"),
+    [
+        ("2026-11-24T21:59:59", 0),
+        ("2026-11-24T22:00:00", 8),
+        ("2026-11-24T23:30:00", 6.5),
+        ("2026-11-25T00:00:00", 6),
+        ("2026-11-25T05:00:00", 1),
+        ("2026-11-25T06:00:00", 0),
+        ("2026-11-25T12:00:00", 0),
+    ],
+)
+def test_a_window_over_midnight(now, left_h):
+    assert window("22:00-06:00").left_s(at(now)) == left_h * 3600
+
+
+@pytest.mark.parametrize(("now", "left_h"), [("08:59:59", 0), ("09:00:00", 3), ("11:00:00", 1), ("12:00:00", 0)])
+def test_a_window_within_a_day(now, left_h):
+    assert window("09:00-12:00").left_s(at(f"2026-11-24T{now}")) == left_h * 3600
+
+
+@pytest.mark.parametrize(
+    ("night", "hours"),
+    [("2026-10-24", 9), ("2026-03-28", 7), ("2026-11-24", 8)],  # clocks go back, go forward, stay
+)
+def test_the_night_of_another_zone_is_as_long_as_its_clocks_make_it(night, hours):
+    opened = datetime.fromisoformat(f"{night}T22:00:00").replace(tzinfo=window("22:00-06:00", "Europe/Berlin").zone)
+    assert window("22:00-06:00", "Europe/Berlin").left_s(opened) == hours * 3600
+
+
+@given(st.datetimes(datetime(2026, 1, 1), datetime(2027, 1, 1)), st.integers(0, 1439), st.integers(1, 1439))
+def test_open_for_its_length_and_closed_for_the_rest(now, begin, length):
+    def clock(minute):
+        return f"{minute // 60 % 24:02d}:{minute % 60:02d}"
+
+    found = window(f"{clock(begin)}-{clock(begin + length)}").left_s(now.replace(tzinfo=UTC))
+    since = (now - now.replace(hour=0, minute=0, second=0, microsecond=0)) / timedelta(seconds=1) - begin * 60
+    since %= 86400
+    assert found == pytest.approx(max(0.0, length * 60 - since), abs=1e-3)
+
+
+def test_a_shift_ends_with_its_window_and_without_one_never():
+    now = datetime.now(UTC)
+    opened = f"{now - timedelta(hours=1):%H:%M}-{now + timedelta(hours=1):%H:%M}"
+    closed = f"{now + timedelta(hours=1):%H:%M}-{now + timedelta(hours=2):%H:%M}"
+    assert not Shift(window(opened)).over()
+    assert Shift(window(closed)).over()
+    assert Window.of(OperateConfig()) is None
+    assert not Shift(None).over()
