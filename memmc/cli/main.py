@@ -16,6 +16,7 @@ import typer
 
 from memmc import __version__
 from memmc.cli import (
+    auditing,
     cohorts,
     comparing,
     deploying,
@@ -337,6 +338,7 @@ app.command(name="scan-phi")(privacy.scan_phi)
 app.add_typer(vault.app, name="vault")
 app.add_typer(lake_verbs.app, name="lake")
 app.command(name="erase")(erasure.erase)
+app.add_typer(auditing.app, name="audit")
 app.command(name="export")(packaging.export)
 app.command(name="deploy")(deploying.deploy)
 app.command(name="drift")(watching.drift)

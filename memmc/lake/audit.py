@@ -66,7 +66,7 @@ def append(storage: Storage, content: Mapping[str, Any]) -> Head:
     """
     head = read_head(storage)
     if head is None:
-        head = _begin(storage)
+        head = _begin(storage, content)
     body = {**content, "id": str(uuid.uuid4())}
     for _ in range(_ATTEMPTS):
         name = record_name(head.sequence + 1)
@@ -116,7 +116,7 @@ def _record(before: Head, body: Mapping[str, Any]) -> tuple[bytes, Head]:
     return encode(record), Head(before.sequence + 1, record["digest"])
 
 
-def _begin(storage: Storage) -> Head:
+def _begin(storage: Storage, content: Mapping[str, Any]) -> Head:
     """Make the head before the first record, so that one without a head has lost it."""
     numbers = [number for number in map(sequence_of, storage.list(FOLDER)) if number is not None]
     head = read_head(storage)  # another writer may have begun meanwhile
@@ -128,7 +128,7 @@ def _begin(storage: Storage) -> Head:
     last = max(numbers)
     head = Head(last, _stated_digest(storage.read(record_name(last))))
     storage.write(HEAD, _head_document(head))
-    return append(storage, {"action": HEAD_LOST, "outcome": "failed"})
+    return append(storage, {**content, "action": HEAD_LOST, "outcome": "failed", "subject": {}})
 
 
 def _advance(storage: Storage, mine: Head) -> None:
