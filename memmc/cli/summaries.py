@@ -61,6 +61,7 @@ def calibrate(result: CalibrationResult) -> str:
 def score(result: ScoreResult) -> str:
     """Counts and rate."""
     without = f", {result.not_scored} without a score (`memmc scores` says why)" if result.not_scored else ""
+    without += f", {result.left} left for a later run: operate.window is closed" if result.left else ""
     return (
         f"{result.instances} instances: {result.scored} scored, {result.already_scored} already scored "
         f"by {result.model}{without}; {result.abnormal} abnormal ({result.images_per_second:.0f} images/s)"

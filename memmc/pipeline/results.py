@@ -81,7 +81,8 @@ class ScoreResult(Result):
     """Account of one bulk scoring.
 
     `scored` counts what this run committed; of what was missing at its start, runs beside it may have scored a part.
-    `not_scored` counts the instances whose row says why they have no score.
+    `not_scored` counts the instances whose row says why they have no score; `left` those for which the time was up
+    (`operate.window`).
     """
 
     model: str
@@ -95,6 +96,7 @@ class ScoreResult(Result):
     seconds: float
     images_per_second: float
     not_scored: int = 0
+    left: int = 0
 
 
 @dataclass(frozen=True)

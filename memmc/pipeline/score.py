@@ -30,6 +30,7 @@ from memmc.pipeline.results import PlanResult, ScoreResult
 from memmc.pipeline.score_ledger import ScoreLedger
 from memmc.pipeline.score_plan import ScorePlan, Unit, plan_scores
 from memmc.pipeline.select import newest_calibration
+from memmc.pipeline.window import Shift, Window
 from memmc.scoring.actor import ScoringJob, complete, model_files
 from memmc.scoring.bulk import score_columns, score_shards
 from memmc.scoring.early_stop import StopRule
@@ -81,7 +82,7 @@ def score(
     What has not been gated is gated first; a flagged image gets no score, and a row that says why.
 
     A killed run leaves whole commits or nothing; the next run scores what is missing. Runs at the same time leave each
-    instance one score (`score_ledger`).
+    instance one score (`score_ledger`). At the end of `operate.window` a run commits what it has and stops.
 
     Args:
         cohort: whose instances. Those of a view are scored as what they are, instances of the cohorts it is made of, so
@@ -102,15 +103,19 @@ def score(
     lake = Lake(config.lake.uri)
     opened = open_model(config, home, model)
     calibration = newest_calibration(lake, opened)
-    gate(config, cohort, reference=opened.cohort, progress=progress)
+    shift = Shift(Window.of(config.operate))
+    if not shift.over():
+        gate(config, cohort, reference=opened.cohort, progress=progress)
     done: list[_Run] = []
     for base, only in _shares(lake, cohort):
         left = None if limit is None else limit - sum(run.scored for run in done)
         ledger = _ledger(lake, base, opened, calibration)
         plan = plan_scores(lake, base, ledger, since, left, only)
         opened.require({str(plan.preparation["preprocess_id"])})
-        run = _Run(config, lake, opened, calibration, base, plan, ledger, progress, only)
+        run = _Run(config, lake, opened, calibration, base, plan, ledger, progress, only, shift)
         done.append(run)
+        if shift.over():
+            continue
         with lease(lake, run.name):
             run.explain()
             if plan.units:
@@ -152,6 +157,7 @@ def _result(
         seconds=round(seconds, 2),
         images_per_second=round(max(run.rate for run in done), 1),
         not_scored=sum(len(_of(run.ledger.not_scored - run.ledger.scored, run.only)) for run in done),
+        left=sum(run.left for run in done),
     )
 
 
@@ -176,6 +182,7 @@ class _Run:
     ledger: ScoreLedger
     progress: Progress
     only: frozenset[str] | None = None
+    shift: Shift = field(default_factory=lambda: Shift(None))
     scored: int = 0
     rate: float = 0.0
     _step: int = 0
@@ -186,6 +193,11 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.name = f"score-{self.cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+    @property
+    def left(self) -> int:
+        """Instances of the plan that are still without a score."""
+        return self.plan.to_score - self._done
 
     def explain(self) -> None:
         """Commit a row for each instance that gets no score."""
@@ -213,7 +225,9 @@ class _Run:
                 leg = []
         if leg:
             self._score(ray, leg)
-        if self._done != self.plan.to_score:
+        if self.left and self.shift.over():
+            self.progress.message(f"operate.window has ended; {self.left} instances are left for a later run")
+        elif self.left:
             raise DataError(
                 f"{self.plan.to_score} instances were to be scored, {self._done} were; "
                 "run `memmc score` again for the rest"
@@ -221,7 +235,7 @@ class _Run:
 
     def _score(self, ray: Any, leg: list[Unit]) -> None:
         keys = self._keys(leg)
-        if not keys:
+        if not keys or self.shift.over():
             return
         job = self._job(ray)
         files = [unit.file for unit in leg]
@@ -235,6 +249,8 @@ class _Run:
             if time.monotonic() - committed >= self.config.score.commit_seconds:
                 self._commit()
                 committed = time.monotonic()
+            if self.shift.over():
+                break
         self._commit()
 
     def _keys(self, leg: list[Unit]) -> list[str]:
