@@ -60,6 +60,8 @@ def open_scorer(lake_uri: str, model: str | None, settings: list[str]) -> Direct
     if fit is None:
         raise SystemExit(f"{opened.ref} was made with other data.* settings; give them with --set")
     row = newest_calibration(lake, opened)
+    if row["early_stop"] is not None:
+        raise SystemExit("the calibration ends passes early; run `memmc calibrate --set score.early_stop=0`")
     judge = region_judge(row, fit)
     if judge is None:
         raise SystemExit("the calibration holds no level; run `memmc calibrate` again")

@@ -51,7 +51,7 @@ def package(
 
     Raises:
         GateRefused: a file scores otherwise than the lake; nothing is left.
-        UsageError: the folder holds something, or ONNX cannot be written here.
+        UsageError: the folder holds something, ONNX cannot be written here, or the calibration ends passes early.
         DataError: the model is not calibrated, or its cohort is gone.
     """
     progress = progress or Silent()
@@ -60,6 +60,11 @@ def package(
     lake = Lake(config.lake.uri)
     opened = open_model(config, home_directory(), model)
     calibration = newest_calibration(lake, opened)
+    if calibration["early_stop"] is not None:
+        raise UsageError(
+            f"the newest calibration of {opened.ref} ends passes early, which an exported scorer cannot; run "
+            "`memmc calibrate --set score.early_stop=0` first"
+        )
     where = {"cohort": opened.cohort, "outcome": "stored", "preprocess_id": opened.preprocess_id}
     stored = lake.read("instances", ["sop_instance_uid"], filter=where)["sop_instance_uid"].to_pylist()
     if not stored:

@@ -64,6 +64,7 @@ def why(
 
     from memmc.model.artifact import load_model
     from memmc.model.memory_usage import gate_means
+    from memmc.scoring.early_stop import StopRule
     from memmc.scoring.exported import ids_for
     from memmc.scoring.masks import reconstruct
     from memmc.scoring.scorer import scorer_from_bytes
@@ -73,7 +74,7 @@ def why(
     lake = Lake(config.lake.uri)
     opened = open_model(config, home_directory(), model)
     calibration = newest_calibration(lake, opened)
-    columns = ("anomaly_map", "map_height", "map_width", "regions")
+    columns = ("anomaly_map", "map_height", "map_width", "regions", "passes_used")
     scored = score_rows(lake, cohort, opened, calibration["calibration_id"], columns).get(uid)
     if scored is None:
         raise DataError(f"that instance has no score of {opened.ref} in cohort '{cohort}'; run `memmc score` first")
@@ -84,12 +85,14 @@ def why(
     regions = scored["regions"] or []
     place = place_of(anomaly_map, regions[0] if regions else None, loaded.model.patch_size)
     ids = torch.from_numpy(ids_for(loaded, [uid], calibration["passes"] or config.score.passes))
+    ids = ids[:, : scored["passes_used"] or ids.shape[1]]
     image_HWC = read_images(lake, cohort, [uid])[0]
     images = torch.from_numpy(image_HWC[None]).permute(0, 3, 1, 2).contiguous()
     mean, std = loaded.info.pixel_mean, loaded.info.pixel_std
     standardised = (images - mean) / std
     reconstruction = reconstruct(loaded.model, standardised, ids).rescale(mean, std)
-    scorer = scorer_from_bytes(calibration["scorer_state"])
+    rule, state = StopRule.from_row(calibration["early_stop"]), calibration["scorer_state"]
+    scorer = scorer_from_bytes(rule.scorer_state(scored["passes_used"], state) if rule else state)
     shares = scale_shares(scorer, scorer.features(images, reconstruction), images.shape[2])
     features_LD = patch_features(loaded.model, standardised, ids)[0].numpy()
     patch = place.peak_patch
