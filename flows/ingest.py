@@ -90,6 +90,8 @@ def ingest_objects(
 
         labels = None if labels_file is None else given_place("labels_file", labels_file)
         place = given_place("source", source) if source else resolved.source.uri
+        if source is None and label is None:
+            labels = labels or resolved.source.labels_file
         if place is None:
             raise UsageError("nothing says what to ingest; set source.uri in the worker's configuration")
         return ingest(resolved, place, cohort, label=label, labels_file=labels, progress=progress)

@@ -27,7 +27,7 @@ R = TypeVar("R", bound=Result)
 # What the cluster knows for itself, or what ends with the submitting step.
 _STAYS_HERE = {
     "ray": frozenset(RayConfig.model_fields),
-    "source": frozenset({"uri", "user", "password_file", "token_file", "ca_file"}),
+    "source": frozenset({"uri", "labels_file", "user", "password_file", "token_file", "ca_file"}),
     "deid": frozenset({"key_file"}),
     "operate": frozenset({"deadline_minutes"}),
 }

@@ -135,7 +135,9 @@ def ingest(
     """Bring DICOM objects into the lake: each becomes one row, with pixels or with a reason."""
     labels_file = str(labels) if labels else None
     with call(lake, config, settings, as_json=as_json, flow=flow) as run:
-        source = source or run.config.source.uri
+        if source is None:
+            source = run.config.source.uri
+            labels_file = labels_file or (None if label else run.config.source.labels_file)
         if source is None:
             raise UsageError("nothing says what to ingest; name a SOURCE, or set source.uri")
         if dry_run:

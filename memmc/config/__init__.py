@@ -5,6 +5,7 @@ Sources, weakest first: the defaults of the sections, a TOML file, environment v
 source sets takes its value from the preset (`PRESETS`), if that has one.
 """
 
+from memmc.config.cockpit import CockpitConfig
 from memmc.config.data import (
     DataConfig,
     DeidConfig,
@@ -26,6 +27,7 @@ from memmc.config.tree import Config, config_hash
 __all__ = [
     "PRESETS",
     "CalibrateConfig",
+    "CockpitConfig",
     "Config",
     "DataConfig",
     "DeidConfig",

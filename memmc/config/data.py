@@ -112,6 +112,9 @@ class SourceConfig(Section):
         default=None,
         description="What a scheduled ingest lists; not a parameter of its flow, since Prefect would show it.",
     )
+    labels_file: str | None = Field(
+        default=None, description="CSV of labels that go with `uri`: columns path (or SOPInstanceUID) and label."
+    )
     user: str | None = Field(default=None, description="User of an Orthanc or DICOMweb server (HTTP Basic).")
     password_file: str | None = Field(default=None, description="File whose first line is that user's password.")
     token_file: str | None = Field(default=None, description="File whose first line is a bearer token, instead.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import model_validator
 
+from memmc.config.cockpit import CockpitConfig
 from memmc.config.data import (
     DataConfig,
     DeidConfig,
@@ -46,6 +47,7 @@ class Config(Section):
     promote: PromoteConfig = PromoteConfig()
     retrain: RetrainConfig = RetrainConfig()
     monitor: MonitorConfig = MonitorConfig()
+    cockpit: CockpitConfig = CockpitConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
     operate: OperateConfig = OperateConfig()
@@ -71,7 +73,7 @@ class Config(Section):
     def config_id(self) -> str:
         """16 hex digits naming the whole tree but for places (lake, source, tracking, ray, key file) and operation."""
         places = {"lake", "source", "tracking", "ray", "deid"}
-        return config_hash(self, exclude=places | {"monitor", "operate", "promote", "retrain"})
+        return config_hash(self, exclude=places | {"cockpit", "monitor", "operate", "promote", "retrain"})
 
 
 def config_hash(section: Section, exclude: set[str] | None = None) -> str:
