@@ -34,6 +34,12 @@ class RayConfig(Section):
     num_cpus: int | None = Field(
         default=None, ge=2, description="Logical CPUs of the local cluster; cores + 2 when absent."
     )
+    ingest_from: int = Field(
+        default=10_000,
+        ge=0,
+        description="New objects from which on an ingest starts a local cluster; fewer are converted by processes of "
+        "its own, one per core.",
+    )
 
 
 class OperateConfig(Section):

@@ -1,7 +1,8 @@
 """What one ingest task does: fetch some objects, convert each in the sandbox, write their shards.
 
-Runs on Ray workers. A bad object never raises here: Ray would repeat the task
-without end, or drop a block of good rows. It becomes a row with a reason.
+Runs on Ray workers, or in a thread of the ingest itself. A bad object never
+raises here: Ray would repeat the task without end, or drop a block of good
+rows. It becomes a row with a reason.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import atexit
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -40,7 +42,6 @@ class IngestJob:
     """What all tasks of one ingest share. Holds the identity key and the source's credentials: never log it.
 
     Attributes:
-        turn: `Lake.turn` when the run was planned.
         vault: where sealed originals go; None without an identity vault.
     """
 
@@ -53,7 +54,6 @@ class IngestJob:
     labels: StatedLabels
     preprocess_id: str
     started: datetime
-    turn: int = 0
     vault: Storage | None = None
 
 
@@ -80,10 +80,16 @@ def sandbox_for(policy: ConvertPolicy) -> Sandbox:
     return _sandboxes[known]
 
 
-def convert_objects(job: IngestJob, objects: list[SourceObject]) -> list[WrittenShard]:
-    """Convert `objects` and write one shard per partition that occurs among them."""
+def convert_objects(
+    job: IngestJob, objects: Iterable[SourceObject], sandbox: Sandbox | None = None
+) -> list[WrittenShard]:
+    """Convert `objects` and write one shard per partition that occurs among them.
+
+    Args:
+        sandbox: of the job's policy; this process's own when absent.
+    """
     partitions: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows_of(job, objects):
+    for row in rows_of(job, objects, sandbox):
         partitions[row["outcome"], row["split"]].append(row)
     if job.vault is not None and job.policy.vault_key is not None:
         stored = [row for rows in partitions.values() for row in rows if row["sealed"]]
@@ -91,46 +97,79 @@ def convert_objects(job: IngestJob, objects: list[SourceObject]) -> list[Written
     return [write_partition(job.storage, outcome, split, rows) for (outcome, split), rows in sorted(partitions.items())]
 
 
-def rows_of(job: IngestJob, objects: list[SourceObject]) -> Iterator[dict[str, Any]]:
+def rows_of(
+    job: IngestJob, objects: Iterable[SourceObject], sandbox: Sandbox | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of the `instances` table in order: one per object, or one per frame (`select.frames` each).
 
     Raises:
         StorageError: the store itself refuses or hangs; its objects stay pending for the next run.
     """
-    sandbox = sandbox_for(job.policy)
-    for item in objects:
-        try:
-            data = job.source.fetch(item, job.policy.ingest.max_file_bytes)
-        except FetchFailed as failure:
-            if failure.reason.startswith("STORE_"):
-                raise StorageError(
-                    f"the source does not give its objects ({failure.reason}); check its address and credentials, "
-                    "then run ingest again: nothing was committed"
-                ) from None
-            data, converted = None, rejected(failure.reason)
-            if failure.retriable and not item.problem and not item.modified:
-                # The source tells no versions, so that this row must not stand for what it may give later.
-                item = replace(item, modified=job.run)
-        else:
-            converted = sandbox.convert(data)
-        row = _row(job, item, data, converted)
+    sandbox = sandbox or sandbox_for(job.policy)
+    for fetched in _fetched(job, objects):
+        converted = rejected(fetched.reason) if fetched.data is None else sandbox.convert(fetched.data)
+        row = _row(job, fetched, converted)
         yield from [row] if converted.frames == 1 else _frame_rows(job, row, converted)
 
 
-def _row(job: IngestJob, item: SourceObject, data: bytes | None, converted: Converted) -> dict[str, Any]:
-    stored = converted.outcome == "stored"
+@dataclass(frozen=True)
+class _Fetched:
+    """An object's bytes and the key of their content, or the reason why there are none.
+
+    Attributes:
+        version: of the object, for its key.
+    """
+
+    item: SourceObject
+    version: str
+    data: bytes | None = field(default=None, repr=False)
+    content: str = ""
+    reason: str = ""
+
+
+def _fetched(job: IngestJob, objects: Iterable[SourceObject]) -> Iterator[_Fetched]:
+    """Yield the objects in order; while the caller converts one, the next is fetched and hashed."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: Future[_Fetched] | None = None
+        for item in objects:
+            following = pool.submit(_fetch, job, item)
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
+
+
+def _fetch(job: IngestJob, item: SourceObject) -> _Fetched:
+    try:
+        data = job.source.fetch(item, job.policy.ingest.max_file_bytes)
+    except FetchFailed as failure:
+        if failure.reason.startswith("STORE_"):
+            raise StorageError(
+                f"the source does not give its objects ({failure.reason}); check its address and credentials, "
+                "then run ingest again: nothing was committed"
+            ) from None
+        # What may pass by itself gets a key of its own: the row does not stand for what a later run may be given, and
+        # a later run that fails alike finds it (`memmc.pipeline.settle.publish`).
+        passing = failure.retriable and not item.problem
+        return _Fetched(item, f"{item.modified} {failure.reason}" if passing else item.modified, reason=failure.reason)
+    return _Fetched(item, item.modified, data, content_key(job.policy.key, data))
+
+
+def _row(job: IngestJob, fetched: _Fetched, converted: Converted) -> dict[str, Any]:
+    item, stored = fetched.item, converted.outcome == "stored"
     attributes: Mapping[str, Any] = converted.attributes
     patient_key = attributes.get("patient_key")
     return {
         **attributes,
         "cohort": job.cohort,
-        "object_key": object_key(job.policy.key, job.source.uri, item.path, item.size, item.modified),
+        "object_key": object_key(job.policy.key, job.source.uri, item.path, item.size, fetched.version),
         "source_ref": seal_path(job.policy.key, item.path),
         "outcome": converted.outcome,
         "split": split_of(str(patient_key), job.split) if stored else "none",
         "reason": converted.reason,
-        "content_key": "" if data is None else content_key(job.policy.key, data),
-        "size_bytes": item.size if data is None else len(data),
+        "content_key": fetched.content,
+        "size_bytes": item.size if fetched.data is None else len(fetched.data),
         "label": job.labels.of(item.path, attributes.get("sop_instance_uid")),
         "preprocess_id": job.preprocess_id if stored else None,
         "pixels": converted.pixels if stored else None,

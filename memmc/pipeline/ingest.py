@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -22,22 +20,14 @@ from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease
 from memmc.lake.views import refuse_view
 from memmc.pipeline.audit import recorded
-from memmc.pipeline.cluster import ray_cluster, tasks_at_once
-from memmc.pipeline.convert_chunk import (
-    IngestJob,
-    WrittenShard,
-    convert_objects,
-    objects_from_json,
-    objects_to_json,
-    shards_from_json,
-    shards_to_json,
-)
+from memmc.pipeline.convert_all import convert_all
+from memmc.pipeline.convert_chunk import IngestJob, WrittenShard
 from memmc.pipeline.cursor import cursor_entry, last_cursor
 from memmc.pipeline.identity import home_directory, identity_key
 from memmc.pipeline.labels import read_labels
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import IngestResult, PlanResult
-from memmc.pipeline.settle import publish, seen_objects, stands_for_object, turn_name
+from memmc.pipeline.settle import publish, seen_objects, stands_for_object
 from memmc.pipeline.vault import vault_of
 from memmc.sources.objects import FILE_CHECKSUM, FILE_UNREADABLE, SourceObject
 from memmc.sources.open import FileSource, open_source
@@ -46,8 +36,6 @@ logger = logging.getLogger(__name__)
 
 ALREADY_INGESTED = "already_ingested"
 _COHORT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_SHARD_BYTES = 32 << 20
-_LEAST_OBJECTS_PER_TASK = 16
 _LEAST_FAILURES, _MOST_FAILING = 3, 0.25  # a source that fails on more than this itself has failed
 
 
@@ -106,8 +94,7 @@ def ingest(
         metadata = {"cohort": cohort, "preprocess_id": job.preprocess_id, "config_id": config.config_id}
         metadata |= planned.cursor
         with lease(lake, job.run):
-            with ray_cluster(config, home, training=False) as ray:
-                shards = list(_convert(ray, config, job, new, progress))
+            shards = convert_all(config, job, new, home, progress)
             if not isinstance(job.source, FileSource):
                 check_source(shards, len(new))
             version, shards, dropped = publish(lake, job, shards, len(new), metadata)
@@ -192,7 +179,6 @@ def plan(
     labels = read_labels(label, labels_file, key)
     progress.stage("list")
     lake.probe()
-    turn = lake.turn("instances", turn_name(cohort))
     seen = seen_objects(lake, cohort)
 
     def is_new(item: SourceObject) -> bool:
@@ -213,7 +199,6 @@ def plan(
         labels=labels,
         preprocess_id=config.preprocess_id,
         started=started,
-        turn=turn,
         vault=vault,
     )
     waiting = f", {listing.pending} of incomplete studies left for later" if listing.pending else ""
@@ -235,36 +220,3 @@ def check_source(shards: list[WrittenShard], listed: int) -> None:
             f"{failed} of {listed} objects cannot be read from the source, more than single objects would explain: "
             "check its disks and its log, then run ingest again; nothing was committed"
         )
-
-
-def _convert(
-    ray: Any, config: Config, job: IngestJob, new: list[SourceObject], progress: Progress
-) -> Iterator[WrittenShard]:
-    """Yield the shards in listing order, so that the first of two duplicates is the same in every run."""
-    size = config.ingest.objects_per_task or _objects_per_task(config, len(new), int(ray.cluster_resources()["CPU"]))
-    chunks = [new[start : start + size] for start in range(0, len(new), size)]
-    shared = ray.put(job)
-
-    def convert(batch: dict[str, Any]) -> dict[str, list[Any]]:
-        done = [convert_objects(ray.get(shared), objects_from_json(str(chunk))) for chunk in batch["objects"]]
-        return {"number": list(batch["number"]), "shards": [shards_to_json(shards) for shards in done]}
-
-    dataset = ray.data.from_items(
-        [{"number": number, "objects": objects_to_json(chunk)} for number, chunk in enumerate(chunks)],
-        override_num_blocks=len(chunks),
-    ).map_batches(convert, batch_size=1, concurrency=tasks_at_once(config))
-    results: dict[int, list[WrittenShard]] = {}
-    done = 0
-    for row in dataset.iter_rows():
-        shards = shards_from_json(row["shards"])
-        results[int(row["number"])] = shards
-        done += sum(len(shard.account) for shard in shards)
-        progress.advance(done)
-    for number in sorted(results):
-        yield from results[number]
-
-
-def _objects_per_task(config: Config, count: int, cpus: int) -> int:
-    """Enough objects for a shard of 32 MB, but at least four tasks per CPU when there are that many."""
-    pixels = config.data.image_size**2 * config.data.bits // 8
-    return max(_LEAST_OBJECTS_PER_TASK, min(math.ceil(_SHARD_BYTES / pixels), math.ceil(count / (4 * cpus))))

@@ -29,8 +29,8 @@ def publish(
 ) -> tuple[int, list[WrittenShard], int]:
     """Settle, balance and commit.
 
-    Ingests of a cohort commit in turns. One that finds that another has committed since it planned drops the objects
-    that the other has accounted for and settles again, so that two runs over one tree leave each object once.
+    Ingests of a cohort commit in turns. What another has accounted for since this one planned is dropped, so that two
+    runs over one tree leave each object once; so is an object that could not be read before and cannot be read now.
 
     Args:
         listed: objects that the shards must account for.
@@ -46,7 +46,7 @@ def publish(
     dropped = 0
     for _ in range(ROUNDS):
         turn = lake.turn(INSTANCES, turn_name(job.cohort))
-        known = seen_objects(lake, job.cohort) if turn != job.turn else frozenset[str]()
+        known = seen_objects(lake, job.cohort)
         dropped += sum(key in known for key in _objects(job, shards))
         shards = settle(job, shards, stored_contents(lake, job.cohort), known, erased_contents(lake, job.cohort))
         check_balance(listed - dropped, _objects(job, shards))

@@ -30,7 +30,7 @@ from memmc.sources.objects import (
     SourceObject,
 )
 
-READ_CHUNK_BYTES = 8 << 20
+READ_CHUNK_BYTES = 64 << 20  # one read and no copy for any radiograph
 S3_PAGE_KEYS = 1000
 
 
