@@ -19,6 +19,8 @@ from deltalake import DeltaTable
 
 from memmc import s3
 from memmc.errors import IdentityKeyError, IntegrityError, StorageError
+from memmc.lake.audit import append, read_head, record_name
+from memmc.lake.audit_check import verify_chain
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.storage import Storage
 from memmc.lake.stream import pixels_to_array
@@ -158,6 +160,29 @@ def test_tables(bucket):
     lake.check_key_id("k1")
     with pytest.raises(IdentityKeyError):
         lake.check_key_id("k2")
+
+
+def test_the_audit_trail_is_one_chain(bucket):
+    storage = Storage.open(f"s3://{bucket}/lake")
+    failed: list[StorageError] = []
+
+    def write(index: int) -> None:
+        try:
+            for step in range(10):
+                append(storage, {"action": "score", "writer": index, "step": step})
+        except StorageError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    verdict = verify_chain(storage)
+    assert (failed, verdict.head.sequence, verdict.findings) == ([], 40, [])
+    assert verdict.head == read_head(storage)
+    storage.delete(record_name(40))
+    assert [finding.sequence for finding in verify_chain(storage).findings] == [40]
 
 
 def test_rot_on_the_server(bucket):
