@@ -25,6 +25,7 @@ from memmc.cli import (
     mapping,
     packaging,
     privacy,
+    promoting,
     selection,
     summaries,
     vault,
@@ -333,6 +334,9 @@ def report(
 app.command(name="sweep")(sweeping.sweep)
 app.command(name="select")(selection.select)
 app.command(name="compare")(comparing.compare)
+app.command(name="promote")(promoting.promote)
+app.command(name="rollback")(promoting.rollback)
+app.command(name="decisions")(promoting.decisions)
 app.command(name="gate")(gating.gate)
 app.add_typer(cohorts.app, name="cohort")
 app.command(name="label")(labelling.label)

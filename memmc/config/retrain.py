@@ -38,7 +38,10 @@ class PromoteConfig(Section):
         "share of normals finds nothing [choice].",
     )
     probes: Positive = Field(default=200, description="Held-out normal images that get a planted lesion, at most.")
-    min_probes: Positive = Field(default=20, description="Held-out normals without which no gate can stand [choice].")
+    min_probes: Positive = Field(
+        default=20,
+        description="Held-out normal images without which planted lesions and false positives are not judged [choice].",
+    )
     min_slots_used: float = Field(
         default=0.05,
         ge=0,

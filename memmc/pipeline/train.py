@@ -16,7 +16,7 @@ from memmc.config import Config
 from memmc.errors import ConfigError, DataError, ModelError
 from memmc.lake.tables import Lake
 from memmc.model.digest import WEIGHTS_FILE
-from memmc.pipeline.audit import recorded
+from memmc.pipeline.audit import actor, recorded
 from memmc.pipeline.calibrate import calibrate_model
 from memmc.pipeline.cluster import ray_cluster, require_cpus
 from memmc.pipeline.identity import home_directory
@@ -28,6 +28,7 @@ from memmc.pipeline.results import PlanResult, TrainResult
 from memmc.pipeline.runs import RunRecord, driving, task_of, to_resume, unfinished
 from memmc.pipeline.select import normals, one_preparation
 from memmc.registry.models import register
+from memmc.registry.promotion import AUTHOR_TAG
 from memmc.registry.tracking import Tracking
 from memmc.training.distributed import Fitted, TrainingJob, fit
 from memmc.training.feed import CachedFeed
@@ -139,6 +140,7 @@ class _Plan:
         run = f"train-{self.cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
         tags = {"run": run, "cohort": self.cohort, "dataset_version": str(self.version)}
         tags["preprocess_id"] = str(self.job.description["preprocess_id"])
+        tags[AUTHOR_TAG] = actor()
         if self.start is not None:
             tags |= {"warm_start": self.start.ref, "warm_start_digest": self.start.digest}
         tracked = tracking.start_run(f"memmc/{self.cohort}", run, tags=tags, params=_params(config))

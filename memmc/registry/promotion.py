@@ -14,6 +14,8 @@ from memmc.registry.models import CHAMPION, ModelVersion, all_versions
 from memmc.registry.tracking import Tracking
 
 HISTORY_TAG = "memmc.champions"
+AUTHOR_TAG = "memmc.author"
+"""Tag of a training run: who began it."""
 _KEPT = 200  # numbers in the tag; MLflow takes 5000 characters
 
 
@@ -63,8 +65,11 @@ def crown(tracking: Tracking, version: ModelVersion) -> list[str]:
     return _move(tracking, version.name, after)
 
 
-def step_back(tracking: Tracking, name: str) -> tuple[str, str]:
+def step_back(tracking: Tracking, name: str, *, dry_run: bool = False) -> tuple[str, str]:
     """Give the alias back to the champion before; return both version numbers, the one that leaves first.
+
+    Args:
+        dry_run: return them, and move nothing.
 
     Raises:
         ModelError: there is no champion, or none before it that still exists.
@@ -77,8 +82,21 @@ def step_back(tracking: Tracking, name: str) -> tuple[str, str]:
     left = [number for number in before[:-1] if number in known and number != before[-1]]
     if not left:
         raise ModelError(f"{name}/{before[-1]} is the first champion of its name; there is none to go back to")
-    _move(tracking, name, left)
+    if not dry_run:
+        _move(tracking, name, left)
     return before[-1], left[-1]
+
+
+def author_of(tracking: Tracking, version: ModelVersion) -> str | None:
+    """Return who began the training run of a version, None where the run does not say.
+
+    Raises:
+        StorageError: the registry cannot be reached.
+    """
+    if version.run_id is None:
+        return None
+    with tracking.reaching("read"):
+        return tracking.client.get_run(version.run_id).data.tags.get(AUTHOR_TAG)
 
 
 def _move(tracking: Tracking, name: str, champions: list[str]) -> list[str]:

@@ -1,0 +1,164 @@
+"""What a calibrated model does on held-out normals, and on the same images with a lesion planted in each.
+
+Nothing is written: the images are changed in memory, and scored in this process.
+
+Shape legend: N images, C channels, H height, W width, L patches.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memmc.config import Config
+from memmc.lake.tables import Lake
+from memmc.model.artifact import LoadedModel, load_model
+from memmc.pipeline.images import read_images
+from memmc.pipeline.models import OpenModel
+from memmc.pipeline.select import newest_calibration
+from memmc.scoring.masks import predict
+from memmc.scoring.scorer import Scorer, scorer_from_bytes
+from memmc.scoring.strata import Judge, judge_of, stratum_names
+from memmc.training.looks import Fixed, health, patch_errors, with_lesions
+
+_BATCH = 16
+_ROUNDS = 3
+_LOOK_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model with its newest calibration, ready to judge images in this process.
+
+    Attributes:
+        model: as registered.
+        loaded: its weights.
+        calibration: row of `calibrations`.
+        judge: of the calibration, at the rate asked for.
+        passes: per image.
+    """
+
+    model: OpenModel
+    loaded: LoadedModel
+    calibration: Mapping[str, Any]
+    scorer: Scorer
+    judge: Judge
+    passes: int
+
+    @classmethod
+    def open(cls, config: Config, lake: Lake, model: OpenModel, rate: float | None = None) -> Judged:
+        """Load a model and its newest calibration.
+
+        Args:
+            rate: false-positive rate to judge by; the calibration's own when absent.
+
+        Raises:
+            DataError: the model is not calibrated.
+            GateRefused: its normals cannot carry the rate.
+        """
+        calibration = newest_calibration(lake, model)
+        chosen = calibration if rate is None else {**calibration, "false_positive_rate": rate}
+        return cls(
+            model,
+            load_model(model.folder, "cuda" if torch.cuda.is_available() else "cpu"),
+            calibration,
+            scorer_from_bytes(calibration["scorer_state"]),
+            judge_of(chosen),
+            calibration["passes"] or config.score.passes,
+        )
+
+    def standardised(self, images_NCHW: Tensor) -> Tensor:
+        """Return images as the model was trained on them."""
+        return (images_NCHW - self.loaded.info.pixel_mean) / self.loaded.info.pixel_std
+
+    def scores(self, images_NCHW: Tensor, uids: Sequence[str]) -> NDArray[np.float64]:
+        """Return the score (N,) of each image, by the code that fills the lake."""
+        info, found = self.loaded.info, list[NDArray[np.float64]]()
+        device = next(self.loaded.model.parameters()).device
+        for start in range(0, len(images_NCHW), _BATCH):
+            images = images_NCHW[start : start + _BATCH].to(device)
+            names = uids[start : start + _BATCH]
+            with torch.inference_mode():
+                predicted = predict(
+                    self.calibration["scorer"],
+                    self.loaded.model,
+                    self.loaded.digest,
+                    names,
+                    self.standardised(images),
+                    self.passes,
+                )
+            rescaled = predicted.rescale(info.pixel_mean, info.pixel_std)
+            found.append(self.scorer.score(images, rescaled).anomaly_score_B)
+        return np.concatenate(found)
+
+    def flags(self, images_NCHW: Tensor, rows: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_]:
+        """Return which images (N,) lie above the threshold of their stratum.
+
+        Args:
+            rows: `sop_instance_uid` and the columns that name a stratum, of each image.
+        """
+        columns = {name: [row[name] for row in rows] for name in self.judge.columns}
+        scores = self.scores(images_NCHW, [row["sop_instance_uid"] for row in rows])
+        return self.judge.judge(scores, stratum_names(columns, len(rows))).is_abnormal_B
+
+
+def read_normals(lake: Lake, cohort: str, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Return images_NCHW in [0, 1] of the rows."""
+    images_NHWC = read_images(lake, cohort, [row["sop_instance_uid"] for row in rows])
+    return torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).contiguous()
+
+
+def planted(images_NCHW: Tensor) -> Tensor:
+    """Return copies in [0, 1] with one lesion each, the same for every model; see `training.looks.with_lesions`.
+
+    Heights are in standard deviations of these images, so that no model's own scale decides how hard they are.
+    """
+    mean, std = images_NCHW.mean(), images_NCHW.std().clamp_min(1e-6)
+    return (with_lesions((images_NCHW - mean) / std) * std + mean).clamp(0.0, 1.0)
+
+
+def hidden_errors(judged: Judged, images_NCHW: Tensor) -> tuple[float, float]:
+    """Return the mean absolute error on hidden patches, and that of guessing the mean of the other half of the images.
+
+    In the model's units (standard deviations of its training pixels), the same for both.
+    """
+    model, images = judged.loaded.model, judged.standardised(images_NCHW[:_LOOK_IMAGES])
+    fixed = Fixed.of(images, model)
+    error = float(patch_errors(model, fixed.images_VCHW, fixed.ids_keep_VGK).mean())
+    even = torch.arange(len(images)) % 2 == 0
+    guesses = torch.where(even[:, None, None, None], images[~even].mean(0), images[even].mean(0))
+    return error, float((images - guesses).abs().mean())
+
+
+def slots_used(judged: Judged, images_NCHW: Tensor) -> list[float]:
+    """Return the share of memory slots in use by encoder layer; empty without a memory."""
+    images = judged.standardised(images_NCHW[:_LOOK_IMAGES])
+    found = health(judged.loaded.model, Fixed.of(images, judged.loaded.model))
+    names = sorted(name for name in found if name.startswith("memory/slots_used/"))
+    return [found[name] for name in sorted(names, key=lambda name: int(name.rpartition("layer")[2]))]
+
+
+def timed(images_NCHW: Tensor) -> int:
+    """Return how many of the images `seconds_in_turns` scores."""
+    return min(_BATCH, len(images_NCHW))
+
+
+def seconds_in_turns(models: Sequence[Judged], images_NCHW: Tensor, uids: Sequence[str]) -> list[float]:
+    """Return the time each model takes to score the images, s: the median of some rounds, in which they take turns."""
+    batch, names = images_NCHW[:_BATCH], uids[:_BATCH]
+    times: list[list[float]] = [[] for _ in models]
+    for turn in range(_ROUNDS + 1):
+        for judged, taken in zip(models, times, strict=True):
+            begun = time.perf_counter()
+            judged.scores(batch, names)
+            if turn:  # the first round warms up
+                taken.append(time.perf_counter() - begun)
+    return [statistics.median(taken) for taken in times]
