@@ -93,7 +93,7 @@ def test_a_deleted_record_is_found(chain, sequence):
 
 
 def test_exchanged_records_are_found(chain):
-    for first in range(1, NUM):
+    for first in (1, 4, NUM - 1):
         for second in range(first + 1, NUM + 1):
             one, two = chain.read(record_name(first)), chain.read(record_name(second))
             chain.write(record_name(first), two)
