@@ -133,7 +133,7 @@ def run_step(key: str, config: Overrides | None, step: Callable[[Config, Progres
     """
     caller = _CALLER.get()
     try:
-        resolved = caller.config if caller else config_of(config)
+        resolved = config_in_force(config)
         adopt(os.environ)
         secret = resolved.deid.key_secret
         held = nullcontext() if secret is None else holding(secret_value(secret))
@@ -196,6 +196,16 @@ def config_of(overrides: Overrides | None) -> Config:
         ConfigError: unknown key or value out of range.
     """
     return load_config(os.environ.get("MEMMC_CONFIG"), os.environ, setting_arguments(overrides or {}))
+
+
+def config_in_force(overrides: Overrides | None) -> Config:
+    """Return the caller's configuration, or that of a deployed run.
+
+    Raises:
+        ConfigError: as `config_of`.
+    """
+    caller = _CALLER.get()
+    return config_of(overrides) if caller is None else caller.config
 
 
 def setting_arguments(overrides: Overrides) -> list[str]:

@@ -9,6 +9,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, given_place, is_transient, run_step
+from flows.cockpit import name_run
 from flows.naming import Cohort, artifact_key, run_name
 from flows.ray_job import on_cluster, stop_cluster_jobs
 from memmc.config import Config
@@ -68,6 +69,7 @@ def ingest_flow(
     """
     account = ingest_objects(source, cohort, config, label, labels_file)
     publish_account(cohort, account)
+    name_run("ingest", cohort, account["version"], config)
     return account
 
 
@@ -105,4 +107,5 @@ def publish_account(cohort: str, account: dict[str, Any]) -> None:
     rows = [{"": "seen", "objects": account["seen"]}]
     rows += [{"": outcome, "objects": account[outcome]} for outcome in _OUTCOMES]
     rows += [{"": f"reason {reason}", "objects": count} for reason, count in sorted(account["reasons"].items())]
-    create_table_artifact(rows, key=artifact_key("ingest", cohort), description=f"Table version {account['version']}")
+    said = f"{cohort}: seen = stored + duplicate + excluded + quarantined. Dataset version {account['version']}"
+    create_table_artifact(rows, key=artifact_key("ingest", cohort), description=said)

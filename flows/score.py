@@ -1,6 +1,7 @@
 """The score flow: score what is not scored yet; measure and report on request."""
 
 # Annotations are evaluated here: Prefect could not resolve them as text when it loads the flow by its path.
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, is_transient, run_step
+from flows.cockpit import name_run, show_most_abnormal, show_tracked
 from flows.naming import Cohort, artifact_key, run_name
 from flows.ray_job import on_cluster, stop_cluster_jobs
 from flows.summary import as_markdown
@@ -73,13 +75,17 @@ def score_flow(
         since: a date, or a version of `instances`: only what was ingested from then on.
         limit: at most so many instances.
     """
+    began = datetime.now(UTC)
     scored = score_instances(cohort, model, config, since, limit)
     create_markdown_artifact(as_markdown("Scored instances", scored), key=artifact_key("score", cohort))
+    show_most_abnormal(cohort, scored["model"], began, config)
+    show_tracked(cohort, scored["model"], config)
     if evaluate and (measured := evaluate_model(cohort, scored["model"], config)):
         create_markdown_artifact(as_markdown("Evaluation", measured), key=artifact_key("evaluate", cohort))
     if report:
         written = write_report(cohort, scored["model"], config)
         create_link_artifact(as_link(written["report"]), link_text="Report", key=artifact_key("report", cohort))
+    name_run("score", cohort, None, config)
     return scored
 
 

@@ -9,6 +9,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, is_transient, run_step
+from flows.cockpit import name_run, show_training
 from flows.naming import Cohort, artifact_key, run_name
 from flows.ray_job import on_cluster, stop_cluster_jobs
 from flows.summary import as_markdown
@@ -39,6 +40,8 @@ def train_flow(cohort: Cohort, config: Overrides | None = None) -> dict[str, Any
     """
     trained = train_model(cohort, config)
     create_markdown_artifact(as_markdown("Trained model", trained), key=artifact_key("train", cohort))
+    show_training(cohort, trained["model"], config)
+    name_run("train", cohort, trained["dataset_version"], config)
     return trained
 
 

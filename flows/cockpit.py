@@ -1,0 +1,107 @@
+"""What a run shows beside its account. A lack of it never fails a run that has done its work.
+
+An image artifact holds its picture itself, as a data: URI: there is no place that both the browser and every worker
+reach. So pictures are bounded (`memmc.pipeline.cockpit.MOST_BYTES`).
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, TypeVar
+
+from prefect import get_run_logger
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
+
+from flows.calls import Overrides, config_in_force
+from flows.naming import artifact_key
+from memmc.config import Config
+from memmc.errors import MemmcError
+
+T = TypeVar("T")
+
+
+def show_training(cohort: str, model: str, config: Overrides | None) -> None:
+    """Show a training's curves, and where MLflow has it."""
+
+    def curves(resolved: Config) -> None:
+        from memmc.pipeline.cockpit import training_curves
+
+        png = training_curves(resolved, model)
+        if png is not None:
+            _image(png, "png", artifact_key("train", cohort, "curves"), f"Training of {model}")
+
+    shown("the training's curves", config, curves)
+    show_tracked(cohort, model, config)
+
+
+def show_tracked(cohort: str, model: str, config: Overrides | None) -> None:
+    """Link the run of a model in MLflow's pages."""
+
+    def link(resolved: Config) -> None:
+        from memmc.pipeline.cockpit import tracked_at
+
+        place = tracked_at(resolved, model)
+        if place is not None:
+            create_link_artifact(place, link_text=f"{model} in MLflow", key=artifact_key("mlflow", cohort))
+
+    shown("the run in MLflow", config, link)
+
+
+def show_most_abnormal(cohort: str, model: str, since: datetime, config: Overrides | None) -> None:
+    """Show the batch's most abnormal scans: a table of pseudonyms, and pictures where `cockpit.pixels` says so."""
+
+    def table(resolved: Config) -> None:
+        from memmc.pipeline.cockpit import contact_sheet, most_abnormal
+
+        rows = most_abnormal(resolved, cohort, model, since)
+        if not rows:
+            return
+        create_table_artifact(
+            rows, key=artifact_key("score", cohort, "most-abnormal"), description=f"The most abnormal by {model}"
+        )
+        if resolved.cockpit.pixels:
+            sheet = contact_sheet(resolved, cohort, model, rows)
+            key = artifact_key("score", cohort, "scans")
+            _image(sheet, "jpeg", key, f"The most abnormal by {model}, each beside its heat map")
+
+    shown("the most abnormal scans", config, table)
+
+
+def name_run(step: str, cohort: str, version: int | None, config: Overrides | None) -> None:
+    """Put the dataset's version into the run's name: `score-cxr-v12-20261122-2301`.
+
+    Args:
+        version: of `instances`; the newest when absent.
+    """
+
+    def rename(resolved: Config) -> None:
+        from prefect import get_client
+        from prefect.runtime import flow_run
+
+        from memmc.lake.schemas import INSTANCES
+        from memmc.lake.tables import Lake
+
+        found = Lake(resolved.lake.uri).version(INSTANCES) if version is None else version
+        began = flow_run.name.removeprefix(f"{step}-{cohort}-")
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(flow_run.id, name=f"{step}-{cohort}-v{found}-{began}")
+
+    shown("the dataset's version", config, rename)
+
+
+def shown(what: str, config: Overrides | None, show: Callable[[Config], T]) -> T | None:
+    """Return what `show` returns; what goes wrong is a line in the run's log, without an unforeseen error's text."""
+    try:
+        return show(config_in_force(config))
+    except MemmcError as error:
+        get_run_logger().warning("%s cannot be shown: %s", what, error)
+    except Exception as error:  # noqa: BLE001 - the boundary to an API that shows error texts
+        get_run_logger().warning("%s cannot be shown: unexpected %s", what, type(error).__name__)
+    return None
+
+
+def _image(data: bytes, kind: str, key: str, description: str) -> Any:
+    uri = f"data:image/{kind};base64,{b64encode(data).decode()}"
+    return create_image_artifact(image_url=uri, key=key, description=description)
