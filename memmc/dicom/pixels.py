@@ -126,16 +126,15 @@ def _grey_rows(decoded_HW: NDArray[np.generic], table_V: Levels) -> GreyRows:
     Bits above the table's size (overlays, sign) are masked off: PS3.5 8.1.1.
     """
     bits_HW = bit_patterns(decoded_HW)
-    mask = np.intp(table_V.size - 1)
+    mask = bits_HW.dtype.type(table_V.size - 1)
     masked = table_V.size < 1 << (bits_HW.dtype.itemsize * 8)
     shape = (STRIPE_ROWS, bits_HW.shape[1])
-    index, grey = np.empty(shape, dtype=np.intp), np.empty(shape)
+    low, index, grey = np.empty(shape, bits_HW.dtype), np.empty(shape, dtype=np.intp), np.empty(shape)
 
     def rows(top: int, bottom: int) -> Levels:
         window = index[: bottom - top]
-        np.copyto(window, bits_HW[top:bottom])
-        if masked:
-            np.bitwise_and(window, mask, out=window)
+        bits = bits_HW[top:bottom]
+        np.copyto(window, np.bitwise_and(bits, mask, out=low[: bottom - top]) if masked else bits)
         return np.take(table_V, window, out=grey[: bottom - top], mode="clip")
 
     return rows

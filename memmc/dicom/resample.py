@@ -14,6 +14,7 @@ Shapes: H, W the image's rows and columns; S = data.image_size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -57,11 +58,13 @@ def resample(rows: Callable[[int, int], Levels], height: int, width: int, data: 
     return _reduce(rows, triangle(height, side, *spans[0]), triangle(width, side, *spans[1]))
 
 
+@functools.lru_cache(maxsize=16)
 def triangle(size: int, side: int, start: float = 0.0, stop: float | None = None) -> NDArray[np.float64]:
     """Return the weights that reduce `size` samples, of which [start, stop) count, to `side`.
 
     Returns:
-        Shape (side, size), whole multiples of 2**-18 in units of 2**-18; a row sums to 2**18.
+        Shape (side, size), whole multiples of 2**-18 in units of 2**-18; a row sums to 2**18. Not to be written to:
+        images of one size share it.
     """
     stop = float(size) if stop is None else stop
     scale = (stop - start) / side
@@ -70,6 +73,7 @@ def triangle(size: int, side: int, start: float = 0.0, stop: float | None = None
     weights = np.maximum(0.0, 1.0 - distance)
     units = np.rint(weights / weights.sum(1, keepdims=True) * _WEIGHT_UNITS)
     units[np.arange(side), units.argmax(1)] += _WEIGHT_UNITS - units.sum(1)
+    units.setflags(write=False)
     return units
 
 
