@@ -17,6 +17,7 @@ from memmc.config import Config
 from memmc.errors import MemmcError
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
+from memmc.pipeline.prefect_server import look_at_server
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import Check, DoctorResult
 
@@ -166,8 +167,11 @@ def _prefect() -> Finding:
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         return "the server does not start", f"install with -c constraints.txt; it said: {last[0][:200]}"
-    where = os.environ.get("PREFECT_API_URL")
-    return f"the server loads; flows run {'on the server that is set' if where else 'in-process'}", ""
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        return "the server loads; flows run in-process", ""
+    server = look_at_server(url, os.environ)
+    return f"the server loads; flows run on the one that is set, with {server.workers} workers", server.fix()
 
 
 def _mlflow(config: Config) -> Finding:

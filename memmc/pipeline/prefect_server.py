@@ -1,0 +1,81 @@
+"""What a Prefect server says of itself: whether it answers, its workers, and whether its database bears them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from memmc.errors import StorageError
+
+_SQLITE_WORKERS = 2  # more make SQLite's one writer the thing that runs wait for, and fail on
+_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class PrefectServer:
+    """A server as its API shows it.
+
+    Attributes:
+        workers: that have beaten lately, over all work pools.
+        postgres: the server's settings name the PostgreSQL driver. An address alone is hidden by the API, so a server
+            that has only that counts as one on SQLite, which is the default.
+    """
+
+    workers: int
+    postgres: bool
+
+    def fix(self) -> str:
+        """Return what to change, or nothing."""
+        if self.postgres or self.workers <= _SQLITE_WORKERS:
+            return ""
+        return (
+            f"{self.workers} workers on a server that does not say it runs on PostgreSQL: SQLite bears "
+            f"{_SQLITE_WORKERS}. Give the server PREFECT_SERVER_DATABASE_DRIVER=postgresql+asyncpg beside its "
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL, or stop workers"
+        )
+
+
+def look_at_server(url: str, env: Mapping[str, str]) -> PrefectServer:
+    """Ask a server.
+
+    Args:
+        url: of its API.
+        env: PREFECT_API_AUTH_STRING or PREFECT_API_KEY, where it wants one.
+
+    Raises:
+        StorageError: it does not answer, or refuses.
+    """
+    try:
+        with httpx.Client(base_url=url.rstrip("/"), headers=_authorisation(env), timeout=_TIMEOUT_S) as client:
+            settings = _answer(client.get("/admin/settings"))
+            pools = [pool["name"] for pool in _answer(client.post("/work_pools/filter", json={}))]
+            workers = [
+                worker
+                for pool in pools
+                for worker in _answer(client.post(f"/work_pools/{pool}/workers/filter", json={}))
+                if worker.get("status") == "ONLINE"
+            ]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise StorageError(
+            f"the Prefect server does not answer ({type(error).__name__}); check PREFECT_API_URL, its credentials and "
+            "that it runs"
+        ) from None
+    driver = settings.get("server", {}).get("database", {}).get("driver") or ""
+    return PrefectServer(len(workers), driver.startswith("postgresql"))
+
+
+def _authorisation(env: Mapping[str, str]) -> dict[str, str]:
+    if auth := env.get("PREFECT_API_AUTH_STRING"):
+        return {"Authorization": f"Basic {base64.b64encode(auth.encode()).decode()}"}
+    if key := env.get("PREFECT_API_KEY"):
+        return {"Authorization": f"Bearer {key}"}
+    return {}
+
+
+def _answer(response: httpx.Response) -> Any:
+    response.raise_for_status()
+    return response.json()
