@@ -44,6 +44,7 @@ import pyarrow as pa
 from memmc.errors import IntegrityError, MemmcError, StorageError
 from memmc.lake.erasure import erase_rows, find_subject, purge
 from memmc.lake.files import write_rows
+from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
 
 ROWS = 6
@@ -177,6 +178,39 @@ FIRST = Stress(lambda uri: write(uri, 0, "first"), [], list(range(ROWS)))
 ERASE = Stress(erase, list(range(ROWS)), list(range(0, ROWS, 2)))
 
 
+def judge(uri: str, work: Callable[[], object], stress: Stress) -> Counter[str]:
+    """Read, do the step again and read again, in one child; return what went wrong first, which spoils the rest."""
+
+    def steps() -> None:
+        for status, step in (
+            (10, functools.partial(see, uri, [stress.old, stress.new])),
+            (11, work),
+            (12, functools.partial(see, uri, [stress.new])),
+        ):
+            try:
+                step()
+            except BaseException as error:  # noqa: BLE001 - the child says which step failed by its status alone
+                print(f"{type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
+                os._exit(status)
+
+    ended = forked(steps)
+    return Counter({_JUDGED.get(ended, "hang or foreign error"): 1} if ended else {})
+
+
+_JUDGED = {10: "partial read", 11: "re-run failed", 12: "not converged"}
+
+
+def copy_objects(source: str, target: str) -> None:
+    """Copy all objects under one S3 URI to under another."""
+    from memmc import s3
+
+    bucket, _, prefix = source.removeprefix("s3://").partition("/")
+    goal = target.removeprefix("s3://").partition("/")[2]
+    for name in Storage.open(source).list():
+        origin = {"Bucket": bucket, "Key": f"{prefix}/{name}"}
+        s3.client().copy_object(Bucket=bucket, Key=f"{goal}/{name}", CopySource=origin)
+
+
 def matrix(
     uri: str, base: Path | None, calls: tuple[str, ...], effect: str, limit: int | None, stress: Stress = COMMIT
 ) -> tuple[int, Counter]:
@@ -194,13 +228,11 @@ def matrix(
             work = functools.partial(stress.work, place)
             if base is not None and stress.old:
                 shutil.copytree(base, place)
-            elif stress.old and forked(functools.partial(write, place, 0, "first")):
-                raise SystemExit(f"the first commit to {place} failed")
+            elif stress.old:
+                copy_objects(f"{uri}/base", place)
             ended, struck = strike(work, call, effect.format(number=number))
             wrong["hang or foreign error"] += ended not in (0, 3, -signal.SIGKILL)
-            wrong["partial read"] += forked(functools.partial(see, place, [stress.old, stress.new])) != 0
-            wrong["re-run failed"] += forked(work) != 0
-            wrong["not converged"] += forked(functools.partial(see, place, [stress.new])) != 0
+            wrong += judge(place, work, stress)
             if base is not None:
                 shutil.rmtree(place)
             if not struck:
@@ -227,9 +259,7 @@ def full_disk(disk: Path, base: Path, sizes: int) -> tuple[int, Counter]:
             ended = forked(functools.partial(write, place, ROWS, "second"))
             _resize(disk, 64 << 20)
             wrong["hang or foreign error"] += ended not in (0, 3)
-            wrong["partial read"] += forked(functools.partial(see, place, [COMMIT.old, COMMIT.new])) != 0
-            wrong["re-run failed"] += forked(functools.partial(write, place, ROWS, "second")) != 0
-            wrong["not converged"] += forked(functools.partial(see, place, [COMMIT.new])) != 0
+            wrong += judge(place, functools.partial(write, place, ROWS, "second"), COMMIT)
             points += ended == 3
         finally:
             subprocess.run(["umount", str(disk)], check=False)
@@ -390,6 +420,8 @@ def main() -> int:
             print(f"flips: {found_flips} of {count} flipped bits refused", flush=True)
         if "s3" in args.only:
             with s3_server(args.server) as uri:
+                if forked(functools.partial(write, f"{uri}/base", 0, "first")):
+                    raise SystemExit("the first commit to the S3 server failed")
                 found = matrix(uri, None, args.calls or S3_CALLS, "signal=KILL:when={number}", limit)
                 verdict("killed, S3", *found, NEEDED["s3"])
     print("PASS" if passed else "FAIL")

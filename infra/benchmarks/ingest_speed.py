@@ -5,8 +5,9 @@ Every rate is of the same objects, one run after the other:
 * ``bare``: the pinned decoders called in one process per core, nothing else: the limit of this machine;
 * ``prepared``: the same, and grey scale and resize as ingest does them;
 * ``script``: what one writes in an afternoon (pydicom, apply_voi_lut, Pillow, one Parquet file), one process;
-* ``ingest``: the verb, with cluster start, sandbox, de-identification, quality checks, shards and commit;
-  text is not read (burned_in_text.py measures that), but for ``--set deid.text=ocr``.
+* ``ingest``: the verb, with its start, sandbox, de-identification, quality checks, shards and commit;
+  text is not read (burned_in_text.py measures that), but for ``--set deid.text=ocr``;
+  ``--set ray.ingest_from=0`` measures it on a local cluster.
 
 ::
 
