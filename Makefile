@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV_VERSION := $(shell sed -n 's/^uv==//p' constraints.txt)
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test check format clean stack stack-down
 
 setup: $(VENV)/.installed
 
@@ -20,6 +20,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/memmc demo
+
+# Prefect, a worker, MLflow and two Ray nodes on this machine, then the demo's steps through the deployments.
+stack: setup
+	$(BIN)/python infra/stack/stack.py up
+
+stack-down: setup
+	$(BIN)/python infra/stack/stack.py down
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow"

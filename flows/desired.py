@@ -9,9 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.calls import config_of, refuse_credentials
+from flows.calls import refuse_credentials, setting_arguments
 from flows.deployment_file import Deployment, DeploymentFile, Schedule, WorkPool
 from memmc import __version__
+from memmc.config import load_config
 from memmc.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _check_parameters(wanted: Wanted) -> None:
         problem = _problem(given, wanted.parameter_schema, partly=schedule is None)
         if problem:
             raise ConfigError(f"{where}: {problem}")
-        config_of(given.get("config"))
+        load_config(overrides=setting_arguments(given.get("config") or {}))
 
 
 def _problem(parameters: dict[str, Any], schema: dict[str, Any], *, partly: bool) -> str | None:
