@@ -21,10 +21,10 @@ from memmc.pipeline.findings import record
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.images import read_images
 from memmc.pipeline.models import OpenModel, open_model
+from memmc.pipeline.observed import NUMBERS, WORDS, Row, baseline_rows, drawn, one_each, window_rows
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import Result
 from memmc.pipeline.select import newest_calibration, score_rows
-from memmc.pipeline.window import NUMBERS, WORDS, Row, baseline_rows, drawn, one_each, window_rows
 from memmc.scoring.strata import POOLED, Stratum, judge_of, stratum_names
 
 ALARM = "drift"
