@@ -172,7 +172,7 @@ def _features(
 
 def _fit(config: Config, tables: list[pa.Table]) -> tuple[CrossFit, Keys, StopRule | None]:
     """Fit the scorer, and the rule that ends passes early where it is wanted; the normals are scored by that rule."""
-    from memmc.scoring.scorer import fit_and_calibrate, make_scorer
+    from memmc.scoring.scorer import CrossFit, fit_and_calibrate, make_scorer
 
     scorer, fits, keys = make_scorer(config.score), dict[int, CrossFit](), None
     for passes in sorted({number for table in tables for number in table["passes"].unique().to_pylist()}):
