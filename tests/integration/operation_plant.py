@@ -1,0 +1,154 @@
+"""A Prefect server and a process worker with deployments of the flows; each can be killed and come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+AUTOMATIONS = Path(__file__).parents[2] / "infra" / "automations.yaml"
+POOL = "faults"
+_BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Return the first true value; fail when there is none in time."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"{what}: not within {timeout_s:g} s")
+
+
+class Plant:
+    """The server and the worker of one test.
+
+    Attributes:
+        environment: of the worker, and of whoever speaks to the server.
+    """
+
+    def __init__(self, folder: Path, directory: Path, settings: Mapping[str, str]) -> None:
+        self.folder, self.directory = folder, directory
+        self._port = free_port()
+        self.url = f"http://127.0.0.1:{self._port}/api"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MEMMC_"))}
+        self.environment = {
+            **kept,
+            "PREFECT_HOME": str(folder / "prefect"),
+            "PREFECT_API_URL": self.url,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            **settings,
+        }
+        self.server: subprocess.Popen[bytes] | None = None
+        self.worker: subprocess.Popen[bytes] | None = None
+
+    def start_server(self) -> None:
+        command = ["server", "start", "--host", "127.0.0.1", "--port", str(self._port)]
+        self.server = self._start(command, "server.log")
+        until(self._healthy, 180, "the server answers")
+
+    def start_worker(self) -> None:
+        self.worker = self._start(["worker", "start", "--pool", POOL, "--type", "process"], "worker.log")
+
+    def kill(self, process: subprocess.Popen[bytes] | None) -> None:
+        """Kill -9 a process and the Prefect processes below it; what those have started is left to itself."""
+        if process is None:
+            return
+        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        for each in [process, *(child for child in below if "prefect" in " ".join(_command_of(child)))]:
+            each.kill()
+        process.wait()
+
+    def stop(self) -> None:
+        """End both, politely at first."""
+        for process in (self.worker, self.server):
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(15)
+                except subprocess.TimeoutExpired:
+                    self.kill(process)
+
+    def deploy(self, client: Any, flow: Any, entrypoint: str, tags: list[str], name: str = "faults") -> Any:
+        """Deploy a flow that is installed where the worker runs; return the deployment's id."""
+        return client.create_deployment(
+            flow_id=client.create_flow(flow),
+            name=name,
+            work_pool_name=POOL,
+            tags=tags,
+            entrypoint=entrypoint,
+            job_variables={"working_dir": str(self.directory), "env": self.environment},
+        )
+
+    def apply_automations(self) -> None:
+        """Bring the project's own automations to the server, those of heartbeats alone."""
+        names = {"memmc-crash-zombies", "memmc-resume-crashed"}
+        found = [each for each in yaml.safe_load(AUTOMATIONS.read_text())["automations"] if each["name"] in names]
+        assert len(found) == len(names)
+        file = self.folder / "automations.yaml"
+        file.write_text(yaml.safe_dump({"automations": found}))
+        self.prefect("automation", "create", "--from-file", str(file))
+
+    def prefect(self, *words: str) -> str:
+        """Run Prefect's command line against the server."""
+        command = [str(_BIN / "prefect"), *words]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def memmc(self, *words: str, **settings: str) -> subprocess.Popen[str]:
+        """Start our own command line where the worker works."""
+        return subprocess.Popen(
+            [str(_BIN / "memmc"), *words],
+            cwd=self.directory,
+            env=self.environment | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def _healthy(self) -> bool:
+        assert self.server is not None and self.server.poll() is None, (self.folder / "server.log").read_text()[-2000:]
+        try:
+            urllib.request.urlopen(f"{self.url}/health", timeout=2).close()
+        except OSError:
+            return False
+        return True
+
+    def _start(self, words: list[str], log: str) -> subprocess.Popen[bytes]:
+        with (self.folder / log).open("ab") as out:
+            return subprocess.Popen(
+                [str(_BIN / "prefect"), *words],
+                cwd=self.directory,
+                env=self.environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+
+
+def _command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

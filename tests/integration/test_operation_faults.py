@@ -1,0 +1,211 @@
+"""A deployed run whose process, server or user fails it: on a real Prefect server, worker and Ray cluster."""
+
+import json
+import os
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from operation_plant import POOL, Plant, until
+
+from memmc.config import RayConfig, load_config
+from memmc.lake.schemas import INSTANCES, SCORES
+from memmc.lake.tables import Lake
+from memmc.pipeline.calibrate import calibrate
+from memmc.pipeline.cluster_job import _Client
+from memmc.pipeline.prefect_server import look_at_server
+from memmc.pipeline.score import score
+from memmc.pipeline.window import Shift
+
+pytestmark = pytest.mark.slow
+
+CRASHED_WITHIN_S = 120
+FREED_WITHIN_S = 60
+COHORT = "killed"
+
+
+@pytest.fixture(scope="module")
+def plant(workspace, tmp_path_factory):
+    """A server with the project's automations; a worker that submits to the session's Ray cluster."""
+    import ray
+
+    settings = {
+        "MEMMC_LAKE__URI": str(workspace.root / "lake"),
+        "MEMMC_RAY__ADDRESS": ray._private.worker.get_dashboard_url(),
+        "MEMMC_RAY__JOB_DIRECTORY": str(workspace.root),
+        "MEMMC_RAY__JOB_COMMAND": str(Path(sys.executable).parent / "memmc"),
+        "MEMMC_SOURCE__URI": str(workspace.hospital.dicom_dir),
+    }
+    plant = Plant(tmp_path_factory.mktemp("plant"), workspace.root, settings)
+    try:
+        plant.start_server()
+        plant.apply_automations()
+        yield plant
+    finally:
+        plant.stop()
+
+
+class Flows:
+    """Deployments of the flows, their runs and their jobs, as the server and the cluster tell them."""
+
+    def __init__(self, plant, client, cluster):
+        from flows.ingest import ingest_flow
+        from flows.score import score_flow
+        from flows.train import train_flow
+
+        self.client, self.cluster = client, cluster
+        self.score = plant.deploy(client, score_flow, "flows.score.score_flow", ["memmc"])
+        self.ingest = plant.deploy(client, ingest_flow, "flows.ingest.ingest_flow", ["memmc"])
+        self.foreign = plant.deploy(client, score_flow, "flows.score.score_flow", [], name="foreign")
+        self.train = plant.deploy(client, train_flow, "flows.train.train_flow", ["memmc"])
+
+    def run(self, deployment, **parameters):
+        return self.client.create_flow_run_from_deployment(deployment, parameters=parameters).id
+
+    def state(self, run):
+        return self.client.read_flow_run(run).state.type.value
+
+    def crashed_at(self, run):
+        states = self.client.read_flow_run_states(run)
+        return next((state.timestamp for state in states if state.is_crashed()), None)
+
+    def jobs(self, run=""):
+        return [job for job in self.cluster.jobs() if job.startswith(f"memmc-{run}")]
+
+    def actors(self):
+        from ray.util.state import list_actors
+
+        return {actor.actor_id: actor.class_name for actor in list_actors(filters=[("state", "=", "ALIVE")])}
+
+
+@pytest.fixture(scope="module")
+def flows(plant):
+    before = dict(os.environ)
+    os.environ.update({name: value for name, value in plant.environment.items() if name.startswith("PREFECT_")})
+    from prefect.client.orchestration import SyncPrefectClient
+
+    with SyncPrefectClient(plant.url) as client:
+        plant.prefect("work-pool", "create", POOL, "--type", "process")
+        yield Flows(plant, client, _Client(RayConfig(address=plant.environment["MEMMC_RAY__ADDRESS"])))
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def unscored(inside):
+    """A calibration by which nothing has been scored yet."""
+    return calibrate(inside.config).calibration_id
+
+
+def scores_of(root, calibration):
+    lake = Lake(str(root / "lake"))
+    if not lake.exists(SCORES):
+        return []
+    rows = lake.read(SCORES, ["sop_instance_uid", "run", "anomaly_score"], filter={"calibration_id": calibration})
+    return [row for row in rows.to_pylist() if row["anomaly_score"] is not None]
+
+
+def closed_window():
+    now = datetime.now(UTC)
+    return f"{now + timedelta(hours=2):%H:%M}-{now + timedelta(hours=3):%H:%M}"
+
+
+def test_killed_runs_go_on_and_a_cancelled_one_frees_its_workers(plant, flows, inside, unscored):
+    lake = Lake(str(inside.root / "lake"))
+    version = lake.version(INSTANCES)
+    plant.start_worker()
+    there = flows.run(flows.score, cohort="cxr")
+    here = flows.run(flows.ingest, cohort=COHORT, config={"ray": {"address": None}})
+    other = flows.run(flows.foreign, cohort="cxr", config={"operate": {"window": closed_window()}})
+    until(lambda: flows.jobs(there) and flows.jobs(other) and flows.state(here) == "RUNNING", 180, "all are at work")
+    plant.kill(plant.worker)
+    killed = datetime.now(UTC)
+    plant.start_worker()
+    until(lambda: flows.cluster.status(f"memmc-{there}-score-1") == "SUCCEEDED", 120, "the job goes on by itself")
+
+    cancel_training(flows)
+
+    for run in (there, here):
+        crashed = until(lambda run=run: flows.crashed_at(run), CRASHED_WITHIN_S, "marked crashed")
+        print(f"marked crashed after {(crashed - killed).total_seconds():.0f} s")
+        assert (crashed - killed).total_seconds() <= CRASHED_WITHIN_S
+    for run in (there, here):
+        until(lambda run=run: flows.state(run) == "COMPLETED", 180, "taken up again")
+        assert flows.client.read_flow_run(run).run_count == 2
+    assert flows.jobs(there) == [f"memmc-{there}-score-1"]
+    rows = scores_of(inside.root, unscored)
+    assert len(rows) == len({row["sop_instance_uid"] for row in rows}) == inside.ingested.stored
+    assert len({row["run"] for row in rows}) == 1
+    stored = lake.read(INSTANCES, ["object_key"], filter={"cohort": COHORT})["object_key"].to_pylist()
+    assert len(stored) == len(set(stored)) == inside.ingested.seen
+    assert lake.version(INSTANCES) == version + 1
+    assert flows.state(other) == "RUNNING"  # not ours to judge: without the automations a killed run stays so
+
+
+def cancel_training(flows):
+    from prefect.states import Cancelling
+
+    before = set(flows.actors())
+    run = flows.run(flows.train, cohort="cxr", config={"train": {"max_minutes": 10.0, "resume": "new"}})
+    until(lambda: any("TrainWorker" in name for name in flows.actors().values()), 180, "training begins")
+    flows.client.set_flow_run_state(run, Cancelling())
+    began = time.monotonic()
+    until(lambda: set(flows.actors()) <= before, FREED_WITHIN_S, "the cluster is free")
+    print(f"cluster free {time.monotonic() - began:.0f} s after the cancellation")
+    until(lambda: flows.state(run) == "CANCELLED", FREED_WITHIN_S, "the run is cancelled")
+    assert flows.cluster.status(f"memmc-{run}-train-1") == "STOPPED"
+    assert len(flows.jobs(run)) == 1
+
+
+def test_a_server_that_goes_away_costs_no_work(plant, flows, inside):
+    score_now = ("score", "--cohort", "cxr", "--json")
+    known = set(flows.jobs())
+    patient = flows.run(flows.score, cohort="cxr")
+    impatient = plant.memmc(*score_now, PREFECT_CLIENT_MAX_RETRIES="0")
+    until(lambda: len(set(flows.jobs()) - known) == 2, 180, "both are at work")
+    plant.kill(plant.server)
+    began = time.monotonic()
+    late = plant.memmc(*score_now)
+    said, _ = late.communicate(timeout=60)
+    print(f"with no server at the start: exit {late.returncode} after {time.monotonic() - began:.0f} s")
+    assert late.returncode == 1 and "PREFECT_API_URL" in said
+    assert time.monotonic() - began < 30
+    said, _ = impatient.communicate(timeout=120)
+    assert impatient.returncode == 1 and "PREFECT_API_URL" in said
+    time.sleep(max(0.0, 30 - (time.monotonic() - began)))
+    plant.start_server()
+    until(lambda: flows.state(patient) == "COMPLETED", 120, "the run outlasts the server's absence")
+    assert flows.client.read_flow_run(patient).run_count == 1
+    again = plant.memmc(*score_now)
+    said, _ = again.communicate(timeout=180)
+    assert again.returncode == 0, said
+    assert json.loads(said.splitlines()[-1])["scored"] == 0
+
+
+def test_more_workers_than_sqlite_bears_are_seen(plant, flows):
+    for number in range(3):
+        flows.client.send_worker_heartbeat(POOL, f"extra-{number}", heartbeat_interval_seconds=30)
+    found = look_at_server(plant.url, plant.environment)
+    assert found.workers >= 3
+    assert "PostgreSQL" in found.fix()
+
+
+def test_scoring_stops_at_the_end_of_its_hours_and_goes_on_the_next_time(inside, unscored, monkeypatch):
+    total = inside.ingested.stored
+    closed = load_config(overrides=["lake.uri=lake", f"operate.window={closed_window()}"])
+    idle = score(closed, "cxr")
+    assert (idle.scored, idle.left) == (0, total)
+
+    few = load_config(
+        overrides=["lake.uri=lake", "score.rows_per_shard=16", "score.batch_size=16", "score.commit_seconds=0.001"]
+    )
+    with monkeypatch.context() as hours:  # over as soon as something is committed
+        hours.setattr(Shift, "over", lambda self: bool(scores_of(inside.root, unscored)))
+        cut = score(few, "cxr")
+    assert 0 < cut.scored < total and cut.left == total - cut.scored
+    rest = score(few, "cxr")
+    assert (rest.scored, rest.left) == (cut.left, 0)
+    rows = scores_of(inside.root, unscored)
+    assert len(rows) == len({row["sop_instance_uid"] for row in rows}) == total
