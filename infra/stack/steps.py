@@ -15,9 +15,9 @@ from memmc.phantom.hospital import write_hospital
 _NORMAL, _ABNORMAL, _BROKEN, _SEED = 240, 48, 7, 2026
 _TRIES = 3  # a run beside one of the schedule is cancelled, as the deployment asks
 RUNS: list[tuple[str, dict[str, Any]]] = [
-    ("ingest/scheduled", {}),
+    ("ingest/arrivals", {}),
     ("train/on-demand", {}),
-    ("score/scheduled", {"evaluate": True, "report": True}),
+    ("score/new-scans", {"evaluate": True, "report": True}),
     ("maintenance/weekly", {}),
     ("status/daily", {}),
 ]

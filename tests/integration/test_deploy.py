@@ -159,17 +159,17 @@ def test_the_server_is_the_file_and_the_second_time_nothing_changes(site):
 
 
 def test_a_pause_made_by_a_person_stays(site):
-    found = site.deployments()["ingest/scheduled"]
+    found = site.deployments()["ingest/arrivals"]
     schedule = found["schedules"][0]["id"]
     site.api(f"deployments/{found['id']}/schedules/{schedule}", {"active": False}, "PATCH")
     assert site.deploy()["changes"] == []
     site.edit("prefect.yaml", lambda content: content["deployments"][0].__setitem__("description", "Another"))
-    assert [change["name"] for change in site.deploy()["changes"]] == ["ingest/scheduled"]
-    assert not site.deployments()["ingest/scheduled"]["schedules"][0]["active"]
+    assert [change["name"] for change in site.deploy()["changes"]] == ["ingest/arrivals"]
+    assert not site.deployments()["ingest/arrivals"]["schedules"][0]["active"]
     site.edit("prefect.yaml", lambda content: content["deployments"][0]["schedules"][0].__setitem__("active", True))
     (change,) = site.deploy()["changes"]
     assert list(change["fields"]) == ["schedules"]
-    assert site.deployments()["ingest/scheduled"]["schedules"][0]["active"]
+    assert site.deployments()["ingest/arrivals"]["schedules"][0]["active"]
 
 
 def test_what_left_the_file_is_removed_and_what_is_not_ours_stays(site):
@@ -188,9 +188,9 @@ def test_what_left_the_file_is_removed_and_what_is_not_ours_stays(site):
     site.edit("automations.yaml", lambda content: content["automations"].pop(0))
     kept = (site.files / "automations.yaml").read_text(), (site.files / "prefect.yaml").read_text()
     changes = {(change["action"], change["name"]) for change in site.deploy()["changes"]}
-    assert changes == {("update", "score/scheduled"), ("delete", "status/daily"), ("delete", "memmc-crash-zombies")}
-    assert set(scheduled(site.deployments()["score/scheduled"])) == {"hourly"}
-    assert site.deployments()["score/scheduled"]["global_concurrency_limit"] is None
+    assert changes == {("update", "score/new-scans"), ("delete", "status/daily"), ("delete", "memmc-crash-zombies")}
+    assert set(scheduled(site.deployments()["score/new-scans"])) == {"hourly"}
+    assert site.deployments()["score/new-scans"]["global_concurrency_limit"] is None
     assert {"theirs/nightly"} <= site.deployments().keys() and "status/daily" not in site.deployments()
     assert {"theirs", "memmc-resume-crashed"} <= site.automations().keys()
     assert "memmc-crash-zombies" not in site.automations()
@@ -273,7 +273,7 @@ def worker(site):
 def test_a_deployment_runs_through_a_worker_and_shows_no_place(site, worker):
     shutil.copy(ROOT / "infra" / "prefect.yaml", site.files / "prefect.yaml")
     site.deploy()
-    run = site.run("ingest/scheduled")
+    run = site.run("ingest/arrivals")
     assert run["state_type"] == "COMPLETED", run["state"]
     assert re.fullmatch(r"ingest-cxr-v\d+-\d{8}-\d{4}", run["name"])
     assert run["parameters"]["cohort"] == "cxr"

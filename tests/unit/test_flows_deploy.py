@@ -38,7 +38,7 @@ def check(path, pool=None):
 
 def test_the_shipped_file_holds_and_says_all_that_is_asked_of_it():
     wanted = check(FILE)
-    assert {"ingest/scheduled", "score/scheduled", "train/on-demand", "maintenance/weekly"} <= wanted.keys()
+    assert {"ingest/arrivals", "score/new-scans", "train/on-demand", "maintenance/weekly"} <= wanted.keys()
     for each in wanted.values():
         assert each.spec.concurrency_limit is not None
         assert all(schedule.timezone for schedule in each.spec.schedules)
