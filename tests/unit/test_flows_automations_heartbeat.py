@@ -64,3 +64,13 @@ def test_any_word_of_a_run_shows_that_it_lives(kind):
 def test_three_beats_have_to_be_missed():
     beat_s = int(_ALWAYS["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
     assert trigger("memmc-crash-zombies").within.total_seconds() == 3 * beat_s
+
+
+def test_every_work_pool_makes_its_runs_beat_so_often():
+    pools = yaml.safe_load((FILE.parent / "prefect.yaml").read_text())["work_pools"]
+    assert pools
+    for pool in pools:
+        assert (
+            pool["variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]
+            == _ALWAYS["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]
+        )
