@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from memmc.config import Config
-from memmc.errors import MemmcError
+from memmc.errors import MemmcError, UsageError
+from memmc.pipeline.cluster_job import takes_jobs
 
 # A Unix socket's path may hold 107 bytes; Ray puts up to 63 below its session's parent.
 _LONGEST_SESSION_PARENT = 40
@@ -23,16 +24,15 @@ _SPARE_CPUS = 2
 _REMOVE_ATTEMPTS = 40
 
 
-def prepare_environment(home: Path) -> None:
+def prepare_environment(home: Path, *, private: bool = True) -> None:
     """Set what Ray reads from the environment, before ray is imported.
 
     Ray opens ports on every interface whatever it is told, so even a private
-    cluster asks for a token. Children started at nice 15 (Ray's default) starve
+    cluster asks for a token; one that is joined has its own ways. Children started at nice 15 (Ray's default) starve
     beside anything else on the machine.
     """
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
         "RAY_worker_niceness": "0",
         "RAY_DATA_USE_DATASOURCE_V2": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -44,7 +44,9 @@ def prepare_environment(home: Path) -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    if os.environ["RAY_AUTH_MODE"] == "token" and not (
+    if not private:
+        return
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and not (
         os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     ):
         path = home / "ray_token"
@@ -67,9 +69,15 @@ def ray_cluster(config: Config, home: Path, *, training: bool = True) -> Generat
             aloud; without it a cluster starts in two thirds of the time and half of the memory.
 
     Raises:
+        UsageError: `ray.address` is that of a Jobs API.
         MemmcError: the cluster has too few CPUs for the training workers and the data tasks beside them.
     """
-    prepare_environment(home)
+    if takes_jobs(config.ray):
+        raise UsageError(
+            "ray.address is that of a Jobs API, to which a flow submits its steps; run with --flow, or name the "
+            "cluster itself (auto, or HOST:6379) on one of its machines"
+        )
+    prepare_environment(home, private=config.ray.address is None)
     import ray
 
     if ray.is_initialized():
