@@ -42,9 +42,13 @@ _FEW = 2000  # images that are sooner read here than a cluster is started
 Row = dict[str, Any]
 
 
-def flags_of(lake: Lake, cohort: str) -> dict[str, tuple[str, ...]]:
-    """Return SOP Instance UID -> QC_* codes of the flagged instances of a cohort; none that passed or is not gated."""
-    newest = _verdicts(lake, cohort, ["sop_instance_uid", "flags", "gated_at"])
+def flags_of(lake: Lake, cohort: str, version: int | None = None) -> dict[str, tuple[str, ...]]:
+    """Return SOP Instance UID -> QC_* codes of the flagged instances of a cohort; none that passed or is not gated.
+
+    Args:
+        version: of `quality`; the newest when absent.
+    """
+    newest = _verdicts(lake, cohort, ["sop_instance_uid", "flags", "gated_at"], version)
     return {uid: tuple(row["flags"]) for uid, row in newest.items() if row["flags"]}
 
 
@@ -150,11 +154,11 @@ def _stored(lake: Lake, cohort: str) -> list[Row]:
     return rows
 
 
-def _verdicts(lake: Lake, cohort: str, columns: list[str]) -> dict[str, Row]:
+def _verdicts(lake: Lake, cohort: str, columns: list[str], version: int | None = None) -> dict[str, Row]:
     """Return the newest row of each gated instance."""
     if not lake.exists(QUALITY):
         return {}
-    rows = lake.read(QUALITY, columns, filter={"cohort": cohort}).sort_by("gated_at")
+    rows = lake.read(QUALITY, columns, version, {"cohort": cohort}).sort_by("gated_at")
     return {row["sop_instance_uid"]: row for row in rows.to_pylist()}
 
 

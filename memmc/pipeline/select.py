@@ -6,30 +6,49 @@ from typing import Any
 
 from memmc.config import Config
 from memmc.errors import DataError
+from memmc.lake.schemas import INSTANCES, REVIEWS
 from memmc.lake.tables import Lake
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
+from memmc.pipeline.pins import Pins, absent
 from memmc.pipeline.quality import flags_of, kept_from_scores
 
 _MET_SPLITS = ("train", "calibrate")
 
 
-def normals(lake: Lake, cohort: str, split: str, version: int | None = None) -> list[dict[str, Any]]:
-    """Return the stored normal instances of a cohort's split that the quality gate lets pass, without pixels.
+def normals(
+    lake: Lake, cohort: str, split: str, version: int | None = None, pins: Pins | None = None
+) -> list[dict[str, Any]]:
+    """Return the stored normal instances of a cohort's split that may be learned from, without pixels.
+
+    The quality gate lets them pass, and none of the training share waits under review. Held-out normals stay until
+    a person has rejected them, whereupon they are normal no longer: a threshold that was set without the normals a
+    model finds odd would flag more than it promises.
+
+    Args:
+        version: of `instances`; the newest when absent.
+        pins: of the tables beside it; the newest when absent.
 
     Raises:
         DataError: there is none; the message says what there is.
     """
+    pins = pins or Pins()
     columns = ["object_key", "sop_instance_uid", "patient_key", "preprocess_id", "height", "width", "channels", "bits"]
     columns += ["pixel_mean", "pixel_std", "label"]
-    stored = lake.instances_with_labels(columns, version, {"cohort": cohort, "outcome": "stored", "split": split})
+    where = {"cohort": cohort, "outcome": "stored", "split": split}
+    if absent(pins.labels):
+        stored = lake.read(INSTANCES, columns, version, where)
+    else:
+        stored = lake.instances_with_labels(columns, version, where, pins.labels)
     found = [row for row in stored.to_pylist() if row["label"] == "normal"]
-    flagged = flags_of(lake, cohort)
-    rows = [row for row in found if row["sop_instance_uid"] not in flagged]
+    kept_out = {} if absent(pins.quality) else dict(flags_of(lake, cohort, pins.quality))
+    if split == "train":
+        kept_out |= dict.fromkeys(under_review(lake, cohort, pins.reviews), ())
+    rows = [row for row in found if row["sop_instance_uid"] not in kept_out]
     if found and not rows:
         raise DataError(
-            f"the quality gate flags all {len(found)} normal images of cohort '{cohort}' in its {split} share; "
-            f"see `memmc gate --cohort {cohort}` and the settings quality.*"
+            f"the quality gate or a review keeps out all {len(found)} normal images of cohort '{cohort}' in its "
+            f"{split} share; see `memmc gate --cohort {cohort}`, `memmc review list` and the settings quality.*"
         )
     if not rows:
         raise DataError(
@@ -37,6 +56,23 @@ def normals(lake: Lake, cohort: str, split: str, version: int | None = None) -> 
             "ingest with --label normal or --labels FILE.csv"
         )
     return rows
+
+
+def under_review(lake: Lake, cohort: str, version: int | None = None) -> set[str]:
+    """Return the SOP Instance UIDs that are suspect or rejected: not to be learned from.
+
+    Args:
+        version: of `reviews`; the newest when absent.
+    """
+    return {uid for uid, row in newest_reviews(lake, cohort, version).items() if row["state"] != "accepted"}
+
+
+def newest_reviews(lake: Lake, cohort: str, version: int | None = None) -> dict[str, dict[str, Any]]:
+    """Return the newest row of each instance in `reviews`, by SOP Instance UID."""
+    if absent(version) or not lake.exists(REVIEWS):
+        return {}
+    rows = lake.read(REVIEWS, None, version, {"cohort": cohort}).sort_by("reviewed_at").to_pylist()
+    return {row["sop_instance_uid"]: row for row in rows}
 
 
 def one_preparation(rows: list[dict[str, Any]]) -> dict[str, Any]:
