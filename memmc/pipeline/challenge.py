@@ -161,7 +161,8 @@ def _probe(config: Config, lake: Lake, case: Case, rows: Sequence[dict[str, Any]
     rate = newest_calibration(lake, case.challenger)["false_positive_rate"]
     judged = [probing.Judged.open(config, lake, model, rate) for model in case.models]
     images = probing.read_normals(lake, case.cohort, rows)
-    found = [item.flags(probing.planted(images), rows) for item in judged]
+    lesions = probing.planted(images, config.monitor)
+    found = [item.flags(lesions, rows) for item in judged]
     seconds = probing.seconds_in_turns(judged, images, [row["sop_instance_uid"] for row in rows])
     return [
         gates.sensitivity_gate(

@@ -18,16 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memmc.config import Config
+from memmc.config import Config, MonitorConfig
 from memmc.lake.tables import Lake
 from memmc.model.artifact import LoadedModel, load_model
+from memmc.monitoring.canary import Planted, plant
 from memmc.pipeline.images import read_images
 from memmc.pipeline.models import OpenModel
 from memmc.pipeline.select import newest_calibration
 from memmc.scoring.masks import predict
 from memmc.scoring.scorer import Scorer, scorer_from_bytes
 from memmc.scoring.strata import Judge, judge_of, stratum_names
-from memmc.training.looks import Fixed, health, patch_errors, with_lesions
+from memmc.training.looks import Fixed, health, patch_errors
 
 _BATCH = 16
 _ROUNDS = 3
@@ -116,13 +117,15 @@ def read_normals(lake: Lake, cohort: str, rows: Sequence[Mapping[str, Any]]) -> 
     return torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).contiguous()
 
 
-def planted(images_NCHW: Tensor) -> Tensor:
-    """Return copies in [0, 1] with one lesion each, the same for every model; see `training.looks.with_lesions`.
-
-    Heights are in standard deviations of these images, so that no model's own scale decides how hard they are.
-    """
-    mean, std = images_NCHW.mean(), images_NCHW.std().clamp_min(1e-6)
-    return (with_lesions((images_NCHW - mean) / std) * std + mean).clamp(0.0, 1.0)
+def planted(images_NCHW: Tensor, rules: MonitorConfig) -> Tensor:
+    """Return copies in [0, 1] with one lesion each, the same for every model: sizes and contrasts of the canaries."""
+    grid = [(size, contrast) for size in rules.canary_sizes for contrast in rules.canary_contrasts]
+    copies = images_NCHW.numpy().copy()
+    for number, image_CHW in enumerate(copies):
+        lesion = Planted(*grid[number % len(grid)], rules.seed + number)
+        for channel_HW in image_CHW:
+            channel_HW[...] = plant(channel_HW, lesion)
+    return torch.from_numpy(copies)
 
 
 def hidden_errors(judged: Judged, images_NCHW: Tensor) -> tuple[float, float]:
