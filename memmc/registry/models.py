@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,19 @@ def all_versions(tracking: Tracking) -> list[ModelVersion]:
                     aliases.setdefault((model.name, str(version)), []).append(alias)
     found.sort(key=lambda version: (version.creation_timestamp, int(version.version)), reverse=True)
     return [_from_mlflow(version, aliases.get((version.name, str(version.version)), [])) for version in found]
+
+
+def registered_at(tracking: Tracking, version: ModelVersion) -> datetime | None:
+    """Return when a version was registered; None for a model folder.
+
+    Raises:
+        StorageError: the registry cannot be reached.
+    """
+    if version.folder is not None:
+        return None
+    with tracking.reaching("read"):
+        found = tracking.client.get_model_version(version.name, version.version)
+    return datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
 
 
 def download(tracking: Tracking, version: ModelVersion) -> Path:

@@ -1,0 +1,150 @@
+"""The dead-man switch: gathers what its rules ask for, from the lake and the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from memmc.config import Config
+from memmc.errors import IntegrityError, ModelError
+from memmc.lake.schemas import INSTANCES, SCHEMAS, SCORES
+from memmc.lake.tables import Lake
+from memmc.monitoring import watch as rules_of
+from memmc.monitoring.watch import Alarm, Weights
+from memmc.pipeline.identity import home_directory
+from memmc.pipeline.models import open_model, tracking_of
+from memmc.pipeline.quality import kept_from_scores
+from memmc.pipeline.score_plan import newer, since_limits
+from memmc.registry.models import CHAMPION, ModelVersion, all_versions, registered_at, resolve
+from memmc.registry.tracking import Tracking
+
+_LATEST = 200  # scores that are asked whether they are all one
+_COUNTED = ("stored", "excluded", "quarantined")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What the switch found.
+
+    Attributes:
+        alarms: those that stand.
+        model: name/version of the champion, or of the model that was named; None where there is none.
+        sound: the model can be opened and its weights are weights, so that the other checks can run.
+    """
+
+    alarms: list[Alarm]
+    model: str | None
+    sound: bool
+
+
+def watch(config: Config, cohort: str, model: str | None, since: str | None, now: datetime) -> Watched:
+    """Ask every rule of the dead-man switch about a cohort.
+
+    Args:
+        config: settings `monitor.*`.
+        cohort: looked at.
+        model: watched in place of the champion; then the alias is not asked for.
+        since: begin of the window, as for `drift`.
+        now: end of the window.
+
+    Raises:
+        StorageError: the lake or the registry cannot be reached.
+    """
+    lake, tracking, rules = Lake(config.lake.uri), tracking_of(config, home_directory()), config.monitor
+    stored = _instances(lake, cohort)
+    window = _window(lake, cohort, stored, since, now - timedelta(days=rules.window_days))
+    scores = _scores(lake, cohort)
+    latest = _latest(window, scores)
+    version = resolve(tracking, model) if model else champion_for(tracking, cohort)
+    weights = _weights(config, version.ref) if version else None
+    found = [
+        rules_of.no_data(_newest(stored), now, rules),
+        rules_of.quarantine_rate(_quarantined(stored, window), _quarantined(window), rules),
+        rules_of.scoring_backlog(_unscored(lake, cohort, stored, scores), now, rules),
+        rules_of.constant_scores([row["anomaly_score"] for row in latest[:_LATEST]]),
+        None
+        if model
+        else rules_of.stale_alias(
+            version.ref if version else None, list(dict.fromkeys(row["model"] for row in latest))
+        ),
+        rules_of.broken_weights(weights) if weights else None,
+        rules_of.old_champion(registered_at(tracking, version), now, rules) if version else None,
+    ]
+    alarms = [alarm for alarm in found if alarm is not None]
+    sound = version is not None and not any(alarm.name == "broken_weights" for alarm in alarms)
+    return Watched(alarms, version.ref if version else None, sound)
+
+
+def champion_for(tracking: Tracking, cohort: str) -> ModelVersion | None:
+    """Return the champion that a cohort is scored with: that of its own name, else the only one there is."""
+    champions = [version for version in all_versions(tracking) if CHAMPION in version.aliases]
+    own = [version for version in champions if version.name == f"memmc-{cohort}"]
+    chosen = own or (champions if len(champions) == 1 else [])
+    return chosen[0] if chosen else None
+
+
+def _instances(lake: Lake, cohort: str) -> Any:
+    columns = ["object_key", "sop_instance_uid", "outcome", "ingested_at"]
+    if not lake.exists(INSTANCES):
+        return SCHEMAS[INSTANCES].empty_table().select(columns)
+    return lake.read(INSTANCES, columns, None, {"cohort": cohort, "outcome": _COUNTED})
+
+
+def _window(lake: Lake, cohort: str, rows: Any, since: str | None, begin: datetime) -> Any:
+    if since is None or not rows.num_rows:
+        return newer(rows, begin, None)
+    return newer(rows, *since_limits(lake, cohort, since))
+
+
+def _scores(lake: Lake, cohort: str) -> list[dict[str, Any]]:
+    """Return a cohort's score rows, the newest first."""
+    if not lake.exists(SCORES):
+        return []
+    columns = ["sop_instance_uid", "model", "anomaly_score", "scored_at"]
+    rows = lake.read(SCORES, columns, None, {"cohort": cohort}).to_pylist()
+    return sorted(rows, key=lambda row: row["scored_at"], reverse=True)
+
+
+def _newest(rows: Any) -> datetime | None:
+    times = [row["ingested_at"] for row in rows.to_pylist() if row["outcome"] == "stored"]
+    return max(times, default=None)
+
+
+def _quarantined(rows: Any, less: Any = None) -> tuple[int, int]:
+    """Return (quarantined, all) of rows, without those of another table."""
+    without = set(less["object_key"].to_pylist()) if less is not None else set[str]()
+    outcomes = [row["outcome"] for row in rows.to_pylist() if row["object_key"] not in without]
+    return outcomes.count("quarantined"), len(outcomes)
+
+
+def _unscored(lake: Lake, cohort: str, rows: Any, scores: Sequence[dict[str, Any]]) -> list[datetime]:
+    """Return when each instance was stored that should have a score of some model and has none."""
+    if not rows.num_rows:
+        return []
+    done = {row["sop_instance_uid"] for row in scores} | set(kept_from_scores(lake, cohort))
+    return [
+        row["ingested_at"]
+        for row in rows.to_pylist()
+        if row["outcome"] == "stored" and row["sop_instance_uid"] not in done
+    ]
+
+
+def _latest(window: Any, scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the scores of the window, the newest first; of everything where the window has none."""
+    inside = set(window["sop_instance_uid"].to_pylist())
+    made = [row for row in scores if row["anomaly_score"] is not None]
+    return [row for row in made if row["sop_instance_uid"] in inside] or made
+
+
+def _weights(config: Config, reference: str) -> Weights:
+    """Load a model as scoring would; count its weight matrices, and those of one value."""
+    from memmc.model.artifact import load_model
+
+    try:
+        loaded = load_model(open_model(config, home_directory(), reference).folder)
+    except (ModelError, IntegrityError) as error:
+        return Weights(0, 0, str(error))
+    matrices = [tensor for tensor in loaded.model.parameters() if tensor.ndim >= 2]
+    return Weights(len(matrices), sum(bool((tensor == tensor.flatten()[0]).all()) for tensor in matrices))
