@@ -28,6 +28,7 @@ from memmc.cli import (
     promoting,
     selection,
     summaries,
+    tracking,
     vault,
     watching,
 )
@@ -345,6 +346,7 @@ app.add_typer(vault.app, name="vault")
 app.add_typer(lake_verbs.app, name="lake")
 app.command(name="erase")(erasure.erase)
 app.add_typer(auditing.app, name="audit")
+app.add_typer(tracking.app, name="tracking")
 app.command(name="export")(packaging.export)
 app.command(name="deploy")(deploying.deploy)
 app.command(name="drift")(watching.drift)

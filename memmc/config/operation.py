@@ -13,6 +13,9 @@ class TrackingConfig(Section):
     """MLflow."""
 
     uri: str | None = Field(default=None, description="Tracking server; an SQLite file under .memmc/ when absent.")
+    wait_minutes: float = Field(
+        default=10.0, ge=0, description="How long a trained model waits for a server that is down, min."
+    )
 
 
 class RayConfig(Section):

@@ -16,7 +16,7 @@ from memmc.config import Config
 from memmc.errors import ConfigError, DataError, ModelError
 from memmc.lake.tables import Lake
 from memmc.model.digest import WEIGHTS_FILE
-from memmc.pipeline.audit import actor, recorded
+from memmc.pipeline.audit import actor, head_of, recorded
 from memmc.pipeline.calibrate import calibrate_model
 from memmc.pipeline.cluster import ray_cluster, require_cpus
 from memmc.pipeline.identity import home_directory
@@ -73,6 +73,8 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
         ModelError: the model to start from is missing, or of another shape.
         TrainingError: the run failed for good.
         GateRefused: too few held-out normals to calibrate, or the run to resume is in progress.
+        StorageError: the tracking store does not answer at the start, or, after `tracking.wait_minutes`, at the end;
+            then the next call goes on from the last checkpoint, which is the end.
     """
     began = time.monotonic()
     progress = progress or Silent()
@@ -80,11 +82,13 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
     home = home_directory()
     lake = Lake(config.lake.uri)
     tracking = tracking_of(config, home)
+    if replayed := tracking.replay():
+        progress.message(f"{replayed} values of earlier runs were sent to the tracking store")
     gated = gate(config, cohort, progress=progress)
     plan, taking_over = _plan(config, home, lake, cohort)
     with driving(lake.storage, plan.record(tracking, config), taking_over=taking_over) as record:
         if taking_over:
-            tracking.client.update_run(record.tracked, status="RUNNING")
+            tracking.resume_run(record.tracked)
             progress.message(f"going on with run {record.run}; train.resume=new begins another")
         num_images, version = len(plan.rows), record.dataset_version
         progress.message(f"{num_images} normal images, table version {version}, {config.train.num_workers} workers")
@@ -95,6 +99,7 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
                 fitted = _fit(config, ray, lake, plan, record, _Watcher(progress, tracking, record.tracked), folder)
                 if (Path(folder) / "last").is_dir():
                     tracking.log_artifacts(record.tracked, Path(folder) / "last", "last")
+                tracking.wait_for_store(config.tracking.wait_minutes, progress.message)
                 registered = register(
                     tracking, record.tracked, Path(folder) / "model", f"memmc-{cohort}", tags=_model_tags(plan, record)
                 )
@@ -139,6 +144,7 @@ class _Plan:
             return self.found
         run = f"train-{self.cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
         tags = {"run": run, "cohort": self.cohort, "dataset_version": str(self.version)}
+        tags["audit_head"] = head_of(config)  # in another system than the trail's own, as a witness
         tags["preprocess_id"] = str(self.job.description["preprocess_id"])
         tags[AUTHOR_TAG] = actor()
         if self.start is not None:

@@ -6,6 +6,7 @@ and reads its settings from the environment at import.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from memmc.config import TrackingConfig
 from memmc.errors import ConfigError, StorageError
+from memmc.registry.delivery import Delivery, Entry, RefusedError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,10 +41,12 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
 }
-# For what is written while training runs: one try.
-_IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+# For the first call: whether anybody answers is known within seconds.
+_IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
-_PAUSE_S = 60.0
+_REFUSED = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # the run is gone, or was deleted
+_LAST_WAIT_S = 60.0
+_ASK_EVERY_S = 5.0
 _VALUES_PER_CALL = 900  # MLflow takes at most 1000 metrics in one call
 _PARAMS_PER_CALL = 100
 _PARAM_LENGTH = 6000
@@ -73,12 +77,15 @@ def open_tracking(config: TrackingConfig, home: Path) -> Tracking:
 
 
 class Tracking:
-    """One tracking store. Calls made during training never raise: a lost value is counted in `lost` and warned of once.
+    """One tracking store.
+
+    What is logged while training runs is taken at once and never raises: it goes through a file
+    (`memmc.registry.spool`) to a thread that writes it, in order, as soon as the store answers; what a process that
+    died has left, `replay` sends.
 
     Attributes:
         uri: of the store.
         home: folder of the embedded state; downloaded models are kept under it.
-        lost: metric values and artifacts that could not be written.
     """
 
     def __init__(self, uri: str, home: Path) -> None:
@@ -86,12 +93,12 @@ class Tracking:
 
         self.uri = uri
         self.home = home
-        self.lost = 0
-        self._paused_until = 0.0
+        self._delivery = Delivery(home / "spool" / hashlib.sha256(uri.encode()).hexdigest()[:12], self._send)
+        self._wait_s = _LAST_WAIT_S
         # MLflow's SQL registry looks logged models up through the process-wide URI, whatever a client was given.
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-        with self.reaching("opened"):
+        with _environment(_IMPATIENT), self.reaching("opened"):
             self._client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
             self._client.search_experiments(max_results=1)
 
@@ -139,30 +146,83 @@ class Tracking:
                 self.client.log_batch(run.info.run_id, params=part)
         return run.info.run_id
 
+    @property
+    def waiting(self) -> int:
+        """Values and artifacts that were logged here and the store does not have yet."""
+        return self._delivery.waiting
+
+    @property
+    def lost(self) -> int:
+        """Values and artifacts that the store refused for good, or that a full disk could not keep."""
+        return self._delivery.lost
+
     def log_metrics(self, run_id: str, points: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """Write `(step, {name: value})` points in as few calls as MLflow allows.
-
-        After a failure nothing is tried for 60 s, so that an absent server cannot hold up training.
-        """
-        from mlflow.entities import Metric
-
+        """Log `(step, {name: value})` points in as few calls as MLflow allows; returns at once."""
         now_ms = int(time.time() * 1000)
-        values = [Metric(name, float(value), now_ms, step) for step, point in points for name, value in point.items()]
+        values = [(name, float(value), now_ms, step) for step, point in points for name, value in point.items()]
         for part in _batched(values, _VALUES_PER_CALL):
-            self._attempt(len(part), lambda part=part: self.client.log_batch(run_id, metrics=part), _IMPATIENT)
+            self._delivery.put({"run": run_id, "kind": "metrics", "count": len(part), "values": part})
 
     def log_artifact(self, run_id: str, file: Path, folder: str | None = None) -> None:
-        """Attach one file to a run."""
-        self._attempt(1, lambda: self.client.log_artifact(run_id, str(file), folder))
+        """Attach one file, as it is now, to a run; returns when it is copied."""
+        self._delivery.put({"run": run_id, "kind": "artifact", "count": 1, "folder": folder}, file)
 
     def log_artifacts(self, run_id: str, files: Path, folder: str | None = None) -> None:
-        """Attach everything in the folder `files` to a run."""
-        self._attempt(1, lambda: self.client.log_artifacts(run_id, str(files), folder))
+        """Attach everything in the folder `files`, as it is now, to a run; returns when it is copied."""
+        self.log_artifact(run_id, files, folder)
 
     def end_run(self, run_id: str, status: RunStatus = "FINISHED") -> None:
-        """Close a run; tried even after earlier failures."""
-        self._paused_until = 0.0
-        self._attempt(1, lambda: self.client.set_terminated(run_id, status))
+        """Close a run, after all that was logged; waits a while for a store that does not answer."""
+        ended = int(time.time() * 1000)
+        self._delivery.put({"run": run_id, "kind": "end", "count": 1, "status": status, "at": ended})
+        if not self._delivery.flush(self._wait_s):
+            self._wait_s = 1.0  # the runs that end after this one do not each wait
+            logger.warning(
+                "%d values of run %s and others wait for the tracking store %s; the next training here sends them, "
+                "or 'memmc tracking replay'",
+                *(self.waiting, run_id, self.place),
+            )
+
+    def resume_run(self, run_id: str) -> None:
+        """Open a run again that another process began.
+
+        Raises:
+            StorageError: the store cannot be reached.
+        """
+        with self.reaching("written"):
+            self.client.update_run(run_id, status="RUNNING")
+
+    def replay(self) -> int:
+        """Send what processes that are gone could not send; return how many values and artifacts.
+
+        Raises:
+            StorageError: the store cannot be reached; all stays.
+        """
+        return self._delivery.replay()
+
+    def wait_for_store(self, minutes: float, say: Callable[[str], None]) -> None:
+        """Return as soon as the store answers.
+
+        Args:
+            minutes: how long to wait for it, min.
+            say: told once that it is waited for.
+
+        Raises:
+            StorageError: it did not answer in that time.
+        """
+        end, said = time.monotonic() + 60 * minutes, False
+        while True:
+            try:
+                with self.reaching("reached"):
+                    self.client.search_experiments(max_results=1)
+                return
+            except StorageError as error:
+                if time.monotonic() + _ASK_EVERY_S > end:
+                    raise
+                if not said:
+                    say(f"{error}; waiting up to {minutes:g} min for it")
+                said = True
+                time.sleep(_ASK_EVERY_S)
 
     def metric_history(self, run_id: str | None, name: str) -> list[tuple[int, float]]:
         """Return (step, value) of a run's metric, in order of steps; empty for an unknown run.
@@ -172,6 +232,7 @@ class Tracking:
         """
         if run_id is None:
             return []
+        self._delivery.flush(self._wait_s)
         with self.reaching("read"):
             return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, name))
 
@@ -195,18 +256,25 @@ class Tracking:
                 "check tracking.uri and that its server runs"
             ) from error
 
-    def _attempt(self, count: int, write: Callable[[], object], settings: Mapping[str, str] | None = None) -> None:
-        if time.monotonic() < self._paused_until:
-            self.lost += count
-            return
+    def _send(self, entry: Entry, files: Path) -> None:
+        """Write one spooled entry to the store; see `Delivery`."""
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
+        run_id, kind = str(entry["run"]), entry["kind"]
         try:
-            with _environment(settings or {}), self.reaching("written"):
-                write()
+            with self.reaching("written"):
+                if kind == "metrics":
+                    self.client.log_batch(run_id, metrics=[Metric(*value) for value in entry["values"]])
+                elif kind == "artifact":
+                    self.client.log_artifacts(run_id, str(files), entry["folder"])
+                else:
+                    self.client.set_terminated(run_id, str(entry["status"]), entry["at"])
         except StorageError as error:
-            self._paused_until = time.monotonic() + _PAUSE_S
-            if not self.lost:
-                logger.warning("%s; training goes on, values are lost until it answers", error)
-            self.lost += count
+            cause = error.__cause__
+            if isinstance(cause, MlflowException) and cause.error_code in _REFUSED:
+                raise RefusedError(f"the tracking store {self.place} refused a write ({cause.error_code})") from cause
+            raise
 
     def _experiment_id(self, name: str) -> str:
         from mlflow.exceptions import MlflowException

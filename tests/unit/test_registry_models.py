@@ -155,6 +155,10 @@ def test_artifacts_lie_under_home(tracking, tmp_path):
     run = tracking.start_run("memmc/cxr", "train")
     (tmp_path / "report.html").write_text("ok")
     tracking.log_artifact(run, tmp_path / "report.html", "reports")
+    (tmp_path / "report.html").unlink()  # what is logged is copied at once
+    tracking.end_run(run)
+    assert (tracking.waiting, tracking.lost) == (0, 0)
+    assert [path for path in (tracking.home / "spool").rglob("*") if path.is_file()] == []
     assert [p.read_text() for p in (tracking.home / "mlartifacts").rglob("report.html")] == ["ok"]
 
 
