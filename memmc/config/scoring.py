@@ -83,3 +83,9 @@ class EvaluateConfig(Section):
     bootstrap: Positive = Field(default=1000, description="Patient-bootstrap resamplings.")
     confidence: Fraction = 0.95
     seed: int = Field(default=0, ge=0)
+    ablation_images: int = Field(
+        default=48,
+        ge=0,
+        description="Labelled images of each kind on which the report measures the model without its memory and with "
+        "its last level alone; 0 = not measured.",
+    )

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from memmc.evaluation.controls import CONTROL_TITLES
-from memmc.evaluation.metrics import Evaluation, Interval
-from memmc.evaluation.report_data import ReportData
+from memmc.evaluation.metrics import Interval
+from memmc.evaluation.report_data import Ablation, ReportData, ShutOff
 
 FEW_ABNORMAL = 30  # images
 FEW_CALIBRATION_NORMALS = 100  # images
 QUARANTINE_SHARE = 0.05
 IDLE_MEMORY = 0.01  # attention mass
-SMALL_DIFFERENCE = 0.005  # AUROC
 
 
 @dataclass(frozen=True)
@@ -125,19 +124,23 @@ def _memory(data: ReportData) -> Iterator[Finding]:
         yield Finding(
             "caution", "Memory is ignored", f"No layer gives its memory more than {IDLE_MEMORY:.0%} of the attention."
         )
-    without, evaluation = data.memory.auroc_without_memory, data.evaluation
-    if without is not None and evaluation is not None:
-        yield _ablation(without, evaluation)
+    ablation = data.memory.ablation
+    if ablation is not None and ablation.without_memory is not None:
+        yield _ablation("Memory", "the memory", ablation, ablation.without_memory)
+    if ablation is not None and ablation.last_level_only is not None:
+        yield _ablation("Hearing all levels", "all levels", ablation, ablation.last_level_only)
 
 
-def _ablation(without: float, evaluation: Evaluation) -> Finding:
-    difference = evaluation.auroc - without
-    text = f"AUROC is {evaluation.auroc:.3f} with the memory and {without:.3f} without it ({difference:+.3f})."
-    if difference < -SMALL_DIFFERENCE:
-        return Finding("problem", "Memory harms", text)
-    if difference <= SMALL_DIFFERENCE:
-        return Finding("caution", "Memory adds nothing measurable", text)
-    return Finding("good", "Memory contributes", text)
+def _ablation(what: str, part: str, ablation: Ablation, shut: ShutOff) -> Finding:
+    text = (
+        f"On {ablation.num_normal} + {ablation.num_abnormal} images AUROC is {ablation.auroc:.3f} with {part} and "
+        f"{shut.auroc:.3f} without, difference {shut.loss:+.3f} ({interval_text(shut.loss_interval)})."
+    )
+    if shut.loss_interval.high < 0:
+        return Finding("problem", f"{what} harms", text)
+    if shut.loss_interval.low <= 0:
+        return Finding("caution", f"{what} adds nothing measurable", text)
+    return Finding("good", f"{what} contributes", text)
 
 
 def _data(data: ReportData) -> Iterator[Finding]:

@@ -134,11 +134,42 @@ class MemoryLayer:
 
 
 @dataclass(frozen=True)
+class ShutOff:
+    """The model with a part of it shut off, its score fitted anew on the same normals.
+
+    Attributes:
+        loss: AUROC of the whole model minus this one's, on the same images.
+        loss_interval: of the loss; patients resampled, the same for both (paired).
+    """
+
+    auroc: float
+    loss: float
+    loss_interval: Interval
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What parts of the model are worth, on a sample of the labelled images.
+
+    Attributes:
+        auroc: of the whole model, its score fitted on as many normals as without a part.
+        without_memory: memory masked out; None for a model without one.
+        last_level_only: all gates but the last level's shut; None for a model with one level.
+    """
+
+    num_normal: int
+    num_abnormal: int
+    auroc: float
+    without_memory: ShutOff | None = None
+    last_level_only: ShutOff | None = None
+
+
+@dataclass(frozen=True)
 class MemoryHealth:
     """Memory of the model, and what is lost without it.
 
     Attributes:
-        auroc_without_memory: AUROC of the same model with its memory masked out, if measured.
+        ablation: in AUROC, if measured.
         gates: mean gate of each encoder level the decoder hears, [0, 1]; empty for a single level.
         error: masked error on held-out normals, in standard deviations of the pixels, if measured.
         error_without_memory: the same with the memory masked out.
@@ -146,7 +177,7 @@ class MemoryHealth:
     """
 
     layers: tuple[MemoryLayer, ...]
-    auroc_without_memory: float | None = None
+    ablation: Ablation | None = None
     gates: tuple[float, ...] = ()
     error: float | None = None
     error_without_memory: float | None = None

@@ -15,8 +15,6 @@ from memmc.evaluation.report_data import (
     CalibrationFacts,
     Case,
     IngestCount,
-    MemoryHealth,
-    MemoryLayer,
     Provenance,
     ReportData,
     TrainingCurve,
@@ -28,13 +26,13 @@ from memmc.pipeline.audit import recorded
 from memmc.pipeline.evaluate import as_result
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.images import read_images
+from memmc.pipeline.memory_health import memory_health
 from memmc.pipeline.models import OpenModel, open_model, tracking_of
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import EvaluationResult, ReportResult
-from memmc.pipeline.select import newest_calibration, normals, score_rows
+from memmc.pipeline.select import newest_calibration, score_rows
 
 _GALLERIES = ("most_abnormal", "calmest_normals", "typical_normals", "missed_abnormals", "flagged_normals")
-_MEMORY_IMAGES = 64
 
 
 def report(
@@ -127,7 +125,7 @@ def _gather(config: Config, lake: Lake, model: OpenModel, cohort: str, assessmen
         not_scored=dict(Counter(reasons).most_common()),
         **_galleries(lake, model, cohort, calibration["calibration_id"], rows, assessment),
         ingest=_account(lake, cohort),
-        memory=_memory(lake, model),
+        memory=memory_health(config, lake, model, cohort, assessment.rows if assessment else ()),
         training=_curve(config, model),
     )
 
@@ -185,39 +183,6 @@ def _provenance(config: Config, lake: Lake, model: OpenModel) -> Provenance:
         durations_s={"train": float(info.get("train_seconds", 0.0))},
         versions=dict(info.get("versions", {})),
         config_text=json.dumps(config.model_dump(mode="json", exclude={"lake", "deid", "tracking"}), indent=2),
-    )
-
-
-def _memory(lake: Lake, model: OpenModel) -> MemoryHealth | None:
-    """How the encoder uses its memory on held-out normals; None for a model without one."""
-    import torch
-
-    from memmc.model.artifact import load_model
-    from memmc.model.memory_usage import gate_means, memory_usage
-    from memmc.scoring.masks import mask_ids
-    from memmc.training.looks import Fixed, ablations
-
-    loaded = load_model(model.folder)
-    uids = sorted(row["sop_instance_uid"] for row in normals(lake, model.cohort, "calibrate", model.dataset_version))
-    uids = uids[:_MEMORY_IMAGES]
-    images = torch.from_numpy(read_images(lake, model.cohort, uids, model.dataset_version)).permute(0, 3, 1, 2)
-    ids = mask_ids(loaded.digest, uids, loaded.model.num_patches, loaded.model.num_keep, 1)[:, 0]
-    standardised = (images - loaded.info.pixel_mean) / loaded.info.pixel_std
-    layers = memory_usage(loaded.model, standardised, ids)
-    if not layers:
-        return None
-    lost = ablations(loaded.model, Fixed.of(standardised, loaded.model))
-    return MemoryHealth(
-        gates=tuple(gate_means(loaded.model, standardised, ids)),
-        error=lost["ablation/error"],
-        error_without_memory=lost["ablation/error_without_memory"],
-        error_last_level_only=lost["ablation/error_last_level_only"],
-        layers=tuple(
-            MemoryLayer(
-                number, layer.mass, layer.slots_used, layer.num_slots, layer.entropy, uniform_mass=layer.uniform_mass
-            )
-            for number, layer in enumerate(layers, start=1)
-        ),
     )
 
 

@@ -19,6 +19,7 @@ from memmc.evaluation.findings import findings
 from memmc.evaluation.metrics import Interval, evaluate_scores
 from memmc.evaluation.report import render_report, write_report
 from memmc.evaluation.report_data import (
+    Ablation,
     CalibrationFacts,
     Case,
     GroupResult,
@@ -28,6 +29,7 @@ from memmc.evaluation.report_data import (
     MemoryLayer,
     Provenance,
     ReportData,
+    ShutOff,
     TrainingCurve,
     select_cases,
 )
@@ -126,7 +128,8 @@ def demo_report(seed: int = 0) -> ReportData:
             IngestCount("quarantined", "burned_in_annotation", 29),
         ),
         memory=MemoryHealth(
-            tuple(MemoryLayer(n, 0.08 + 0.03 * n, 16 - n, 16, 0.93 - 0.05 * n, 0.485) for n in range(1, 7)), 0.801,
+            tuple(MemoryLayer(n, 0.08 + 0.03 * n, 16 - n, 16, 0.93 - 0.05 * n, 0.485) for n in range(1, 7)),
+            Ablation(48, 48, 0.829, ShutOff(0.801, 0.028, Interval(0.004, 0.051))),
             gates=(0.41, 0.52, 0.63), error=0.211, error_without_memory=0.213, error_last_level_only=0.307,
         ),
         training=TrainingCurve(
@@ -178,6 +181,7 @@ def test_losses_without_memory_and_levels_stand_in_the_report(demo: ReportData) 
     page = render_report(demo)
     for text in ("without the memory 0.213", "hearing the last encoder level alone 0.307", "0.41, 0.52, 0.63"):
         assert text in " ".join(page.split())
+    assert "without the memory 0.801 (difference +0.028, 0.004 – 0.051)" in " ".join(page.split())
     single = dataclasses.replace(demo.memory, gates=())
     assert "last encoder level alone" not in render_report(dataclasses.replace(demo, memory=single))
 
@@ -318,9 +322,11 @@ def test_findings_name_what_is_wrong(demo: ReportData) -> None:
     assert "Not evaluated" in problems(evaluation=None)
     calibration = dataclasses.replace(demo.calibration, false_positive_rate=0.001, num_normals=19)
     assert problems(calibration=calibration) == {"More false alarms than chosen", "Few calibration scans"}
-    idle = MemoryHealth((MemoryLayer(1, 0.001, 1, 16, 0.1),), demo.evaluation.auroc)
+    unsure, worse = (ShutOff(0.8, 0.01, Interval(-0.01, 0.03)), ShutOff(0.9, -0.1, Interval(-0.2, -0.05)))
+    idle = MemoryHealth((MemoryLayer(1, 0.001, 1, 16, 0.1),), Ablation(48, 48, 0.81, unsure))
     assert problems(memory=idle) == {"Memory is ignored", "Memory adds nothing measurable"}
-    assert problems(memory=MemoryHealth(demo.memory.layers, 0.99)) == {"Memory harms"}
+    harmful = MemoryHealth(demo.memory.layers, Ablation(48, 48, 0.8, worse, unsure))
+    assert problems(memory=harmful) == {"Memory harms", "Hearing all levels adds nothing measurable"}
     assert problems(ingest=(IngestCount("stored", None, 9), IngestCount("quarantined", "x", 1))) == {
         "Many objects quarantined"
     }
