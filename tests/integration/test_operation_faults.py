@@ -33,7 +33,7 @@ def plant(workspace, tmp_path_factory):
 
     settings = {
         "MEMMC_LAKE__URI": str(workspace.root / "lake"),
-        "MEMMC_RAY__ADDRESS": ray._private.worker.get_dashboard_url(),
+        "MEMMC_RAY__ADDRESS": f"http://{ray._private.worker.get_dashboard_url()}",
         "MEMMC_RAY__JOB_DIRECTORY": str(workspace.root),
         "MEMMC_RAY__JOB_COMMAND": str(Path(sys.executable).parent / "memmc"),
         "MEMMC_SOURCE__URI": str(workspace.hospital.dicom_dir),
