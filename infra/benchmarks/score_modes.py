@@ -1,6 +1,6 @@
 """What a pass buys: AUROC and images/s over passes, complementary masks beside the paper's mode, one checkpoint.
 
-    python infra/benchmarks/score_modes.py --lake LAKE --cohort C [--model M] [--limit N] [--device cpu|cuda]
+    python infra/benchmarks/score_modes.py --lake LAKE --cohort C [--model M] [--limit N] [--modes 4,10] [--device cpu|cuda]
 
 Every mode is calibrated on the model's held-out normals and measured on labelled images of patients it never met, in
 this process, without Ray. `forward` is the rate of the masked forward passes alone; `whole` that of pixels to scores
@@ -109,6 +109,7 @@ def main() -> int:
     parser.add_argument("--cohort", required=True)
     parser.add_argument("--model")
     parser.add_argument("--limit", type=int, default=1000, help="Test images at most.")
+    parser.add_argument("--modes", default="", help="Numbers of passes to keep, as 4,10; all when absent.")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     config, lake = load_config(env=os.environ, overrides=[f"lake.uri={args.lake}"]), Lake(args.lake)
@@ -122,7 +123,10 @@ def main() -> int:
     labels = np.array([row["label"] == "abnormal" for row in rows])
     patients = [row["patient_key"] for row in rows]
     files, results, resampled = model_files(model.folder), list[dict[str, Any]](), dict[str, Any]()
+    kept = {int(text) for text in args.modes.split(",") if text} or {passes for _, _, passes in MODES}
     for name, scorer, passes in MODES:
+        if passes not in kept:
+            continue
         scores, rates = measure(files, held_pixels, test_pixels, scorer, passes, args.device == "cuda")
         values = np.array([scores[uid] for uid in of_uid])
         resampled[name] = bootstrap_values(labels, values, patients, auroc, config.evaluate.bootstrap, 0)
