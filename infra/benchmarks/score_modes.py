@@ -1,6 +1,6 @@
 """What a pass buys: AUROC and images/s over passes, complementary masks beside the paper's mode, one checkpoint.
 
-    python infra/benchmarks/score_modes.py --lake LAKE --cohort C [--model M] [--limit N] [--modes 4,10] [--device cpu|cuda]
+    python infra/benchmarks/score_modes.py --lake LAKE --cohort C [--model M] [--limit N] [--modes 4,10] [--device cuda]
 
 Every mode is calibrated on the model's held-out normals and measured on labelled images of patients it never met, in
 this process, without Ray. `forward` is the rate of the masked forward passes alone; `whole` that of pixels to scores
