@@ -24,7 +24,13 @@ BOX_COLUMNS = ("x", "y", "width", "height")
 
 
 def localise_masks(maps: list[Any], masks: list[Any], calibration: dict[str, Any], seed: int) -> Localisation:
-    """Compare anomaly maps with lesion masks, over the images that have one."""
+    """Compare anomaly maps with lesion masks, over the images that have one.
+
+    Raises:
+        DataError: the calibration is of a version that set no level for maps.
+    """
+    if calibration["map_level"] is None:
+        raise DataError("the calibration holds no level for maps; run `memmc calibrate` again")
     figures = pixel_figures(maps, masks, calibration["map_level"], seed)
     model = figures.pop("model")
     controls = {name: asdict(item) for name, item in figures.items()}

@@ -3,7 +3,9 @@
 Runs of one cohort, model and calibration commit in turns. One that finds that
 another has committed since it looked drops, before its own commit, the rows that
 the other has scored. So any number of runs at once, each killed anywhere, leave
-one score per instance: a row is either part of a commit or of nothing.
+one score per instance: a row is either part of a commit or of nothing. In the same
+way a row of an instance that was erased meanwhile is dropped: an erasure takes a
+turn after the instances are gone, which every commit here holds.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memmc.errors import StorageError
+from memmc.lake.erasure import TURN as ERASURE
 from memmc.lake.files import DataFile, read_file, select_rows
-from memmc.lake.schemas import SCORES
+from memmc.lake.schemas import INSTANCES, SCORES
 from memmc.lake.shards import ShardFile, read_shard, write_shard
 from memmc.lake.tables import Lake, LostTurnError
+from memmc.pipeline.settle import turn_name
 
 ROUNDS = 12  # of dropping anew because another run committed first
 
@@ -43,6 +47,8 @@ class ScoreLedger:
         self._lake = lake
         self._where = {"cohort": cohort, "model_digest": model_digest, "calibration_id": calibration_id}
         self._turn_name = f"score {cohort} {model_digest} {calibration_id}"
+        self._instances_turn = lake.turn(INSTANCES, turn_name(cohort))  # before any plan is made of them
+        self._present: set[str] | None = None
         self._turn = -1
         self._seen: set[str] = set()
         self.refresh()
@@ -62,7 +68,7 @@ class ScoreLedger:
         if turn == self._turn:
             return False
         self._turn = turn  # read before the rows: a commit between the two is met again at the next turn
-        if turn == 0:
+        if turn == 0 and not self._lake.exists(SCORES):
             return False
         for file in self._lake.files(SCORES, None, {"cohort": self._where["cohort"]}):
             if file.path not in self._seen:
@@ -78,6 +84,8 @@ class ScoreLedger:
     def commit(self, shards: Iterable[ShardFile], run: str, step: int) -> Committed | None:
         """Commit shards of this run, less the rows that other runs have committed; None where nothing is left.
 
+        Rows of instances that have left the cohort since the ledger was opened are dropped too.
+
         Args:
             shards: written, not yet committed.
             run: the run; it commits its steps in order.
@@ -89,11 +97,15 @@ class ScoreLedger:
         kept = list(shards)
         for _ in range(ROUNDS):
             self.refresh()
+            erasures = self._lake.turn(SCORES, ERASURE)  # read before the instances: a later erasure fails the commit
+            self._look_who_is_left()
             kept = [file for file in (self._without_known(shard) for shard in kept) if file is not None]
             if not kept:
                 return None
             try:
-                version = self._lake.commit(SCORES, kept, run, step=step, turns={self._turn_name: self._turn})
+                version = self._lake.commit(
+                    SCORES, kept, run, step=step, turns={self._turn_name: self._turn}, holds={ERASURE: erasures}
+                )
             except LostTurnError:
                 continue
             self._turn += 1
@@ -108,6 +120,14 @@ class ScoreLedger:
                 len(self.not_scored) - before[2],
             )
         raise StorageError(f"other runs won {ROUNDS} commits of scores in a row; run `memmc score` again")
+
+    def _look_who_is_left(self) -> None:
+        """Read the cohort's instances anew where an ingest or an erasure has committed."""
+        turn = self._lake.turn(INSTANCES, turn_name(self._where["cohort"]))
+        if turn != self._instances_turn:
+            self._instances_turn = turn
+            rows = self._lake.read(INSTANCES, ["sop_instance_uid"], filter={"cohort": self._where["cohort"]})
+            self._present = set(rows["sop_instance_uid"].to_pylist())
 
     def _add(self, rows: pa.Table) -> None:
         uids, reasons, flags = (rows[name].to_pylist() for name in ("sop_instance_uid", "not_scored", "is_abnormal"))
@@ -127,10 +147,12 @@ class ScoreLedger:
         return read_shard(self._lake.storage, shard.path, ["sop_instance_uid", "not_scored", "is_abnormal"])
 
     def _without_known(self, shard: ShardFile) -> ShardFile | None:
-        """Return the shard as it is, or written anew without the rows that are known, or None without any left."""
+        """Return the shard as it is, or anew without the rows that are known or erased, or None without any left."""
         keys = self._keys_of(shard)
         known = [
-            uid in self.scored or (reason is not None and uid in self.not_scored)
+            (self._present is not None and uid not in self._present)
+            or uid in self.scored
+            or (reason is not None and uid in self.not_scored)
             for uid, reason in zip(keys["sop_instance_uid"].to_pylist(), keys["not_scored"].to_pylist(), strict=True)
         ]
         if not any(known):
