@@ -136,7 +136,7 @@ def bare_rate(job: ScoringJob, rows: pa.Table) -> float:
     workers = [context.Process(target=bare_process, args=(job, rows, threads, ready, out)) for _ in range(actors)]
     for worker in workers:
         worker.start()
-    seconds = [out.get(timeout=500) for _ in workers]
+    seconds = [out.get(timeout=1800) for _ in workers]
     for worker in workers:
         worker.join()
     return actors * rows.num_rows / max(seconds)
