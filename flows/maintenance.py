@@ -47,6 +47,8 @@ def maintenance_flow(config: Overrides | None = None, vacuum: bool = True) -> di
     if vacuum:
         freed = free_space(config)
         counted = {name: len(freed[name]) for name in ("shards", "unfinished")} | {"uploads": freed["uploads"]}
+        expired = expire_checkpoints(config)
+        counted |= {"checkpoints of runs": len(expired["runs"]), "their files": expired["files"]}
         create_markdown_artifact(as_markdown("Freed", counted), key="maintenance-freed")
     return verdict
 
@@ -74,6 +76,19 @@ def free_space(config: Overrides | None) -> dict[str, Any]:
         return vacuum_lake(resolved, dry_run=False)
 
     return run_step("vacuum-lake", config, step)
+
+
+@task(name="expire-checkpoints", **_ON_STORAGE)
+def expire_checkpoints(config: Overrides | None) -> dict[str, Any]:
+    """Delete checkpoints of training runs silent for `lake.keep_checkpoints_days`."""
+
+    def step(resolved: Config, progress: Progress) -> Result:
+        from memmc.pipeline.retention import expire_checkpoints
+
+        progress.stage("expire")
+        return expire_checkpoints(resolved, dry_run=False)
+
+    return run_step("expire-checkpoints", config, step)
 
 
 def publish_verdict(verdict: dict[str, Any]) -> None:

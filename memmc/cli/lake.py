@@ -1,4 +1,4 @@
-"""`memmc lake`: verify, history, vacuum."""
+"""`memmc lake`: verify, history, vacuum, expire."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from memmc.cli.options import ConfigOption, DryRunOption, JsonOption, LakeOption
 
 if TYPE_CHECKING:
     from memmc.pipeline.lake_care import HistoryResult, VacuumResult, VerifyResult
+    from memmc.pipeline.retention import ExpireResult
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look after the tables of a lake.")
 
@@ -67,6 +68,22 @@ def vacuum(
         run.finish(result, lambda: vacuumed(result))
 
 
+@app.command()
+def expire(
+    lake: LakeOption = None,
+    config: ConfigOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Delete checkpoints of training runs silent for lake.keep_checkpoints_days; models lie in the registry."""
+    from memmc.pipeline.retention import expire_checkpoints
+
+    with call(lake, config, settings, as_json=as_json) as run:
+        result = expire_checkpoints(run.config, dry_run=dry_run)
+        run.finish(result, lambda: expired(result))
+
+
 def verified(result: VerifyResult) -> str:
     """Counts by table and cohort; every damage, and what to do."""
     lines = [
@@ -81,6 +98,13 @@ def verified(result: VerifyResult) -> str:
         return "\n".join([*lines, "whole: every byte is the one that was written, the account balances"])
     lines += [f"DAMAGED  {item.shard or item.table}: {item.problem}" for item in result.damages]
     return "\n".join([*lines, _REMEDY])
+
+
+def expired(result: ExpireResult) -> str:
+    """Which runs' checkpoints went, or would go."""
+    verb = "deleted" if result.deleted else "to delete"
+    lines = [f"  {run}" for run in result.runs]
+    return "\n".join([*lines, f"{verb}: {result.files} files of {len(lines)} runs silent for {result.days} days"])
 
 
 def commits(result: HistoryResult) -> str:

@@ -20,6 +20,9 @@ class LakeConfig(Section):
         description="Files that no version of this time refers to, and older than it, may be deleted, h; the minimum "
         "leaves room for clocks that differ.",
     )
+    keep_checkpoints_days: int = Field(
+        default=30, ge=1, le=3650, description="Checkpoints of a training run are kept so long after its last beat, days."
+    )
 
 
 class DataConfig(Section):

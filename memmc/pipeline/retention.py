@@ -1,0 +1,62 @@
+"""Retention: checkpoints of training runs that nothing will go on from. The models themselves lie in the registry."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from memmc.config import Config
+from memmc.lake.storage import Storage
+from memmc.lake.tables import Lake
+from memmc.pipeline.results import Result
+
+_TRAINING, _RECORDS = "training", "training/records"
+_DAY_S = 86400.0
+
+
+@dataclass(frozen=True)
+class ExpireResult(Result):
+    """What was deleted, or would be.
+
+    Attributes:
+        runs: training runs without a sign of life for `days`, ended or left behind.
+        files: of their checkpoints and records.
+    """
+
+    deleted: bool
+    runs: list[str]
+    files: int
+    days: int
+
+
+def expire_checkpoints(config: Config, *, dry_run: bool) -> ExpireResult:
+    """Delete checkpoints and records of runs whose last sign of life is older than `lake.keep_checkpoints_days`.
+
+    An unfinished run as old is deleted too: it could be gone on with until then. The record goes last, so that a call
+    that is interrupted is finished by the next.
+    """
+    storage = Lake(config.lake.uri).storage
+    before = time.time() - config.lake.keep_checkpoints_days * _DAY_S
+    files, runs = 0, list[str]()
+    for run, record in _silent_since(storage, before):
+        names = [*storage.list(f"{_TRAINING}/{run}"), *record]
+        for name in () if dry_run else names:
+            storage.delete(name)
+        files += len(names)
+        runs.append(run)
+    return ExpireResult(not dry_run, runs, files, config.lake.keep_checkpoints_days)
+
+
+def _silent_since(storage: Storage, before: float) -> list[tuple[str, list[str]]]:
+    """Return each run whose newest beat is older, with the files of its record, the beats last."""
+    records: dict[str, list[str]] = {}
+    for name in storage.list(_RECORDS):
+        records.setdefault(PurePosixPath(name).parent.name, []).append(name)
+    silent: list[tuple[str, list[str]]] = []
+    for run, names in sorted(records.items()):
+        beats = sorted(name for name in names if PurePosixPath(name).name.startswith("beat-"))
+        if beats and max(float(json.loads(storage.read(beat))["at"]) for beat in beats) < before:
+            silent.append((run, [*(name for name in names if name not in beats), *beats]))
+    return silent
