@@ -21,7 +21,10 @@ class LakeConfig(Section):
         "leaves room for clocks that differ.",
     )
     keep_checkpoints_days: int = Field(
-        default=30, ge=1, le=3650, description="Checkpoints of a training run are kept so long after its last beat, days."
+        default=30,
+        ge=1,
+        le=3650,
+        description="Checkpoints of a training run are kept so long after its last beat, days.",
     )
 
 
