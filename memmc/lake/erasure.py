@@ -7,6 +7,7 @@ which a later ingest knows that it was seen, and nothing of the patient (infra/a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,9 @@ from memmc.s3 import AbsentError
 
 ERASED = "erased"
 """Reason of the `excluded` row that stays in place of an erased object."""
+
+TURN = "erase"
+"""Name of the turn that an erasure takes in the table of scores, once the subject's instances are gone (`fence`)."""
 
 ROUNDS = 8  # of looking again because another writer committed meanwhile
 _NAMING = ("cohort", "patient_key", "study_uid", "sop_instance_uid")
@@ -109,6 +113,12 @@ def erase_rows(
         erased += gone
         removed |= {file.path for file in holding}
     raise StorageError(f"table '{table}': other writers committed in each of {ROUNDS} rounds; run erase again")
+
+
+def fence(lake: Lake, table: str, run: str) -> None:
+    """Make every commit to a table that holds `TURN`, and was prepared before this, look again at what is erased."""
+    with contextlib.suppress(LostTurnError):  # another erasure has just done the same
+        lake.commit(table, [], f"{run}-fence", {"erasure": run}, turns={TURN: lake.turn(table, TURN)})
 
 
 def purge(lake: Lake, table: str, subject: Subject, removed: Iterable[str], hours: int) -> tuple[int, int]:

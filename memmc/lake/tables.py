@@ -77,6 +77,7 @@ class Lake:
         step: int = 1,
         turns: Mapping[str, int] | None = None,
         remove: Iterable[DataFile] = (),
+        holds: Mapping[str, int] | None = None,
     ) -> int:
         """Make shards part of a table, and others no longer, all or none, once per run and step.
 
@@ -91,6 +92,7 @@ class Lake:
             step: 1, 2, ... for a run of several commits; a run's steps commit in order.
             turns: name -> number, as `turn` returned it: the commit fails when another of such a name came first.
             remove: committed shards that the new ones replace.
+            holds: as `turns`, for turns of others: the commit fails when one was taken, and takes none.
 
         Returns:
             The version that holds the commit.
@@ -105,8 +107,9 @@ class Lake:
 
         schema, by, added = schema_of(table), list(PARTITION_BY.get(table, ())), list(files)
         actions = [_add_action(table, file) for file in added] + [_remove_action(table, file) for file in remove]
-        taken = dict(turns or {})
+        taken, held = dict(turns or {}), dict(holds or {})
         transactions = [Transaction(run_id, step), *(Transaction(name, taken[name] + 1) for name in taken)]
+        transactions += [Transaction(name, held[name]) for name in held]  # so that taking the turn meanwhile conflicts
         self.probe()
         commit_id = uuid.uuid4().hex
         properties = CommitProperties(
@@ -128,7 +131,7 @@ class Lake:
                     marks = {"run": run_id, "step": str(step)}
                     found = log.find_commit(self.storage, table, range(newest, -1, -1), marks)
                     return newest if found is None else found
-                if any((delta.transaction_version(name) or 0) != number for name, number in taken.items()):
+                if any((delta.transaction_version(name) or 0) != number for name, number in {**taken, **held}.items()):
                     raise LostTurnError(f"table '{table}': another run committed first; run again")
                 if attempt == 0:
                     self._check_present(added)

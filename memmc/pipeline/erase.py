@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,8 +16,8 @@ import pyarrow.compute as pc
 from memmc.config import Config
 from memmc.dicom.deidentify import key_id, keyed_patient, keyed_uid
 from memmc.errors import DataError, IdentityKeyError, ModelError, UsageError
-from memmc.lake.erasure import Subject, count_rows, erase_rows, find_subject, is_of_patients, purge
-from memmc.lake.schemas import CALIBRATIONS, INSTANCES, SCHEMAS
+from memmc.lake.erasure import Subject, count_rows, erase_rows, fence, find_subject, is_of_patients, purge
+from memmc.lake.schemas import CALIBRATIONS, INSTANCES, SCHEMAS, SCORES
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease, running, stretched
 from memmc.lake.views import refuse_view
@@ -104,7 +105,8 @@ def erase(
 ) -> EraseResult:
     """Take a patient or a study out of every table, then out of every file.
 
-    May be run again after it was killed anywhere.
+    Runs that score meanwhile commit no row of it afterwards (`ScoreLedger.commit`); what other writers commit meanwhile
+    is taken out by a second look. May be run again after it was killed anywhere.
 
     Raises:
         UsageError: not a pseudonym, or a view.
@@ -121,11 +123,11 @@ def erase(
     tables = [table for table in SCHEMAS if is_of_patients(table) and lake.exists(table) and table != INSTANCES]
     tables.append(INSTANCES)  # last: as long as its rows stand, the rerun of a killed erasure finds all else by them
     rows = {table: count_rows(lake, table, subject) for table in tables}
+    files = waiting = writers = 0
     models = _affected(config, lake, subject)
     cohorts = _cohorts(lake, subject)
     reports = [name for name in lake.storage.list("reports") if name.startswith(_report_names(cohorts))]
     run = f"erase-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-    files = waiting = writers = 0
     if not dry_run:
         writers = running(lake.storage)
         for name in reports:
@@ -133,12 +135,8 @@ def erase(
         if config.deid.vault_uri is not None and cohort is None:
             rows["vault"] = forget(config, subject.column, subject.value)
         with lease(lake, run):
-            progress.stage("erase", len(tables))
-            for number, table in enumerate(tables, start=1):
-                rows[table], removed = erase_rows(lake, table, subject, run, turn_name)
-                done = purge(lake, table, subject, removed, stretched(lake.storage, config.lake.vacuum_hours))
-                files, waiting = files + done[0], waiting + done[1]
-                progress.advance(number)
+            gone, files, waiting = _erase_tables(config, lake, subject, tables, run, progress)
+            rows |= gone
     if not (any(rows.values()) or files or waiting):
         raise DataError(f"nothing of this {kind} is in the lake{' and cohort' if cohort else ''}; check the pseudonym")
     result = EraseResult(
@@ -156,6 +154,32 @@ def erase(
         entry = {**result.as_dict(), "kind": kind, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         lake.storage.write(result.record, json.dumps(entry, indent=1).encode())
     return result
+
+
+def _erase_tables(
+    config: Config, lake: Lake, subject: Subject, tables: list[str], run: str, progress: Progress
+) -> tuple[dict[str, int], int, int]:
+    """Go through the tables, instances last, and once more through the others for what running writers brought back.
+
+    Returns:
+        Rows by table; files that were deleted; files that wait.
+    """
+    rows, waiting, files = Counter[str](), dict[str, int](), 0
+    again = [table for table in tables if table != INSTANCES]
+    steps = [*((table, run) for table in [*again, INSTANCES]), *((table, f"{run}-again") for table in again)]
+    progress.stage("erase", len(steps))
+    for number, (table, step) in enumerate(steps, start=1):
+        gone, removed = erase_rows(lake, table, subject, step, turn_name)
+        deleted, waiting[table] = purge(
+            lake, table, subject, removed, stretched(lake.storage, config.lake.vacuum_hours)
+        )
+        rows[table] += gone
+        files += deleted
+        scoring = SCORES in tables or running(lake.storage) > 1  # the lease of this run is one
+        if table == INSTANCES and rows.total() and scoring:
+            fence(lake, SCORES, run)
+        progress.advance(number)
+    return dict(rows), files, sum(waiting.values())
 
 
 def _report_names(cohorts: Iterable[str]) -> tuple[str, ...]:
