@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -171,11 +172,41 @@ class Tracking:
         """Attach everything in the folder `files`, as it is now, to a run; returns when it is copied."""
         self.log_artifact(run_id, files, folder)
 
+    def log_text(self, run_id: str, texts: Mapping[str, str], folder: str | None = None) -> None:
+        """Attach small text files, name -> content, to a run."""
+        with tempfile.TemporaryDirectory() as aside:
+            for name, text in texts.items():
+                Path(aside, name).write_text(text, encoding="utf-8")
+            self.log_artifacts(run_id, Path(aside), folder)
+
+    def describe_version(self, run_id: str, name: str, version: str, text: str) -> None:
+        """Set the Markdown that MLflow shows beside a version of a model; `run_id` is the run that made it."""
+        self._delivery.put(
+            {"run": run_id, "kind": "describe", "count": 1, "name": name, "version": version, "text": text}
+        )
+
+    def read_text(self, run_id: str, path: str) -> str | None:
+        """Return a text artifact of a run, None where it has none of this path.
+
+        Raises:
+            StorageError: the store or its artifacts cannot be reached.
+        """
+        self.flush()
+        with tempfile.TemporaryDirectory() as aside, self.reaching("read"):
+            listed = self.client.list_artifacts(run_id, path.rpartition("/")[0])
+            if path not in {entry.path for entry in listed}:
+                return None
+            return Path(self.client.download_artifacts(run_id, path, aside)).read_text(encoding="utf-8")
+
+    def flush(self) -> bool:
+        """Wait a while until the store has all that was logged; return whether it has."""
+        return self._delivery.flush(self._wait_s)
+
     def end_run(self, run_id: str, status: RunStatus = "FINISHED") -> None:
         """Close a run, after all that was logged; waits a while for a store that does not answer."""
         ended = int(time.time() * 1000)
         self._delivery.put({"run": run_id, "kind": "end", "count": 1, "status": status, "at": ended})
-        if not self._delivery.flush(self._wait_s):
+        if not self.flush():
             self._wait_s = 1.0  # the runs that end after this one do not each wait
             logger.warning(
                 "%d values of run %s and others wait for the tracking store %s; the next training here sends them, "
@@ -232,7 +263,7 @@ class Tracking:
         """
         if run_id is None:
             return []
-        self._delivery.flush(self._wait_s)
+        self.flush()
         with self.reaching("read"):
             return sorted((point.step, point.value) for point in self.client.get_metric_history(run_id, name))
 
@@ -268,6 +299,8 @@ class Tracking:
                     self.client.log_batch(run_id, metrics=[Metric(*value) for value in entry["values"]])
                 elif kind == "artifact":
                     self.client.log_artifacts(run_id, str(files), entry["folder"])
+                elif kind == "describe":
+                    self.client.update_model_version(entry["name"], entry["version"], entry["text"])
                 else:
                     self.client.set_terminated(run_id, str(entry["status"]), entry["at"])
         except StorageError as error:
