@@ -99,8 +99,9 @@ def _join(client: _Client, ray: RayConfig, name: str, arguments: Sequence[str], 
 
 
 def _command(ray: RayConfig, arguments: Sequence[str]) -> str:
-    command = f"{ray.job_command} {shlex.join(arguments)}"
-    return f"cd {shlex.quote(ray.job_directory)} && exec {command}" if ray.job_directory else command
+    """Return the job's shell line; a variable set here spares the workers a runtime environment of their own."""
+    command = f"exec env {VARIABLE}={LINES} {ray.job_command} {shlex.join(arguments)}"
+    return f"cd {shlex.quote(ray.job_directory)} && {command}" if ray.job_directory else command
 
 
 def _follow(client: _Client, job: str, progress: Progress) -> str:
@@ -169,14 +170,8 @@ class _Client:
 
     def submit(self, job: str, command: str) -> None:
         """Begin a job; that another caller was first is as good."""
-        environment = {VARIABLE: LINES, "PYTHONUNBUFFERED": "1"}
         try:
-            self._ask(
-                self.ray.submit_job,
-                entrypoint=command,
-                submission_id=job,
-                runtime_env={"env_vars": environment},
-            )
+            self._ask(self.ray.submit_job, entrypoint=command, submission_id=job)
         except StorageError:
             if self.status(job) is None:
                 raise

@@ -117,9 +117,13 @@ def test_a_job_stopped_over_there_says_so():
 
 def test_the_command_is_one_shell_line_whatever_stands_in_it():
     arguments = ["score", "--cohort", "c; rm -rf /", "--set", "lake.uri=/a b"]
-    assert _command(RayConfig(), arguments) == "memmc score --cohort 'c; rm -rf /' --set 'lake.uri=/a b'"
+    assert _command(RayConfig(), arguments) == (
+        "exec env MEMMC_PROGRESS=lines memmc score --cohort 'c; rm -rf /' --set 'lake.uri=/a b'"
+    )
     ray = RayConfig(job_directory="/srv/it's", job_command="/opt/memmc/bin/memmc")
-    assert _command(ray, ["doctor"]) == "cd '/srv/it'\"'\"'s' && exec /opt/memmc/bin/memmc doctor"
+    assert _command(ray, ["doctor"]) == (
+        "cd '/srv/it'\"'\"'s' && exec env MEMMC_PROGRESS=lines /opt/memmc/bin/memmc doctor"
+    )
 
 
 @pytest.mark.parametrize(
