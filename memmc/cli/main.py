@@ -26,6 +26,7 @@ from memmc.cli import (
     packaging,
     privacy,
     promoting,
+    retraining,
     selection,
     summaries,
     tracking,
@@ -338,6 +339,8 @@ app.command(name="compare")(comparing.compare)
 app.command(name="promote")(promoting.promote)
 app.command(name="rollback")(promoting.rollback)
 app.command(name="decisions")(promoting.decisions)
+app.command(name="retrain")(retraining.retrain)
+app.add_typer(retraining.app, name="review")
 app.command(name="gate")(gating.gate)
 app.add_typer(cohorts.app, name="cohort")
 app.command(name="label")(labelling.label)
@@ -350,6 +353,7 @@ app.add_typer(tracking.app, name="tracking")
 app.command(name="export")(packaging.export)
 app.command(name="deploy")(deploying.deploy)
 app.command(name="drift")(watching.drift)
+app.command(name="monitor")(watching.monitor)
 app.command(name="maps")(mapping.maps)
 app.command(name="explain")(mapping.explain)
 

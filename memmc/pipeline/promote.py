@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from memmc.config import Config, PromoteConfig
@@ -130,6 +132,41 @@ def promote(
     )
 
 
+def decline(config: Config, cohort: str, model: str, name: str) -> PromoteResult:
+    """Keep that a person said no to a challenger that waited for them.
+
+    Raises:
+        DataError: no verdict on it waits.
+        UsageError: `name` is none.
+    """
+    check_cohort(cohort)
+    _check_name(name)
+    lake = Lake(config.lake.uri)
+    found = next((item for item in read(lake, cohort=cohort) if item.model == model), None)
+    if found is None or found.outcome != "waiting":
+        raise DataError(f"no verdict on {model} waits for a person; see `memmc decisions --cohort {cohort}`")
+    said = replace(
+        found,
+        outcome="refused",
+        reason=f"{name} does not agree",
+        approver=name,
+        decision_id=uuid.uuid4().hex[:16],
+        decided_at=datetime.now(UTC),
+    )
+    record(config, lake, said)
+    return PromoteResult(
+        model=model,
+        cohort=cohort,
+        champion=found.champion,
+        outcome=said.outcome,
+        reason=said.reason,
+        gates=found.facts["gates"],
+        author=found.author,
+        approver=name,
+        decision_id=said.decision_id,
+    )
+
+
 def verdict(rules: PromoteConfig, gates: list[Gate], approver: str | None) -> tuple[Outcome, str]:
     """Return what the gates and the person amount to, and why."""
     if not passed(gates):
@@ -149,8 +186,7 @@ def check_approver(rules: PromoteConfig, approver: str | None, author: str | Non
     """
     if approver is None:
         return
-    if not _PERSON.fullmatch(approver):
-        raise UsageError("--approve takes a name of at most 64 letters, digits, spaces, '.', '_', '@' and '-'")
+    _check_name(approver)
     if rules.approval != "person" or not rules.two_people:
         return
     if author is None:
@@ -160,6 +196,11 @@ def check_approver(rules: PromoteConfig, approver: str | None, author: str | Non
         )
     if approver.strip().casefold() == author.strip().casefold():
         raise GateRefused(f"{author} began the training of this model; another person must approve it")
+
+
+def _check_name(name: str) -> None:
+    if not _PERSON.fullmatch(name):
+        raise UsageError("a name here is at most 64 letters, digits, spaces, '.', '_', '@' and '-' (--approve NAME)")
 
 
 def rollback(config: Config, name: str | None = None, *, cohort: str | None = None) -> RollbackResult:
