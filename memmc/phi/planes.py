@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from memmc.errors import StorageError, UsageError
 from memmc.lake.storage import Storage
@@ -28,9 +29,15 @@ API_COLLECTIONS: Final = (
     "deployments",
     "artifacts",
     "work_pools",
+    "work_queues",
     "variables",
+    "automations",
+    "block_documents",
 )
-"""Collections of a Prefect server that are read through its `/filter` routes."""
+"""Collections of a Prefect server that are read through its `/filter` routes; its events are read besides."""
+
+_EVENTS_A_PAGE = 50  # the most that the server gives at once
+_ALL_EVENTS = {"occurred": {"since": "1970-01-01T00:00:00Z"}, "order": "ASC"}
 
 
 @dataclass(frozen=True)
@@ -109,17 +116,37 @@ def api_pages(url: str) -> Iterator[tuple[str, bytes]]:
     for collection in API_COLLECTIONS:
         offset = 0
         while True:
-            page = _post(f"{url.rstrip('/')}/{collection}/filter", {"limit": _PAGE, "offset": offset})
+            page = _ask(f"{url.rstrip('/')}/{collection}/filter", {"limit": _PAGE, "offset": offset})
             rows: list[Any] = json.loads(page)
             if rows:
-                # Text as it is stored, and as it travelled.
-                yield collection, page + b"\n" + json.dumps(rows, ensure_ascii=False).encode("utf-8", "replace")
+                yield collection, _both_forms(page, rows)
             if len(rows) < _PAGE:
                 break
             offset += len(rows)
+    yield from _event_pages(f"{url.rstrip('/')}/events/filter")
 
 
-def _post(url: str, body: dict[str, Any]) -> bytes:
+def _event_pages(url: str) -> Iterator[tuple[str, bytes]]:
+    """Yield all events; the server names the next page by a token."""
+    page = _ask(url, {"filter": _ALL_EVENTS, "limit": _EVENTS_A_PAGE})
+    while True:
+        found: dict[str, Any] = json.loads(page)
+        if found["events"]:
+            yield "events", _both_forms(page, found["events"])
+        _, _, token = str(found.get("next_page") or "").partition("page-token=")
+        if not token:
+            return
+        # At the address that was given: the server's own name for itself may be one that only it can reach.
+        page = _ask(f"{url}/next?page-token={quote(token, safe='')}")
+
+
+def _both_forms(page: bytes, rows: list[Any]) -> bytes:
+    """Return text as it travelled and as it is stored."""
+    return page + b"\n" + json.dumps(rows, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _ask(url: str, body: dict[str, Any] | None = None) -> bytes:
+    """Send a body by POST, or ask by GET without one."""
     if not url.startswith(("http://", "https://")):
         raise UsageError("the Prefect API's address is http:// or https://; check --prefect-api")
     headers = {"Content-Type": "application/json"}
@@ -127,7 +154,7 @@ def _post(url: str, body: dict[str, Any]) -> bytes:
         headers["Authorization"] = "Basic " + base64.b64encode(password.encode()).decode()
     elif key := os.environ.get("PREFECT_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.read()

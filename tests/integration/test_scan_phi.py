@@ -10,8 +10,9 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,13 +97,40 @@ def prefect_api(home: Path) -> Iterator[tuple[str, str]]:
 
 def log_line(url: str, auth: str, text: str) -> None:
     """Send a log line, as a careless task would."""
-    line = {"name": "x", "level": 20, "message": text, "timestamp": "2026-01-01T00:00:00Z"}
+    send(f"{url}/logs/", auth, [{"name": "x", "level": 20, "message": text, "timestamp": "2026-01-01T00:00:00Z"}])
+
+
+def events(url: str, auth: str, text: str) -> None:
+    """Send more events than a page holds, the oldest of them two years old and with a text in its payload."""
+    made = [
+        {
+            "id": f"00000000-0000-4000-8000-{number:012d}",
+            "occurred": f"{2026 - 2 * (not number)}-01-01T00:00:{number % 60:02d}Z",
+            "event": "memmc.test",
+            "resource": {"prefect.resource.id": f"memmc.{number}"},
+            "payload": {"note": text if not number else "nothing"},
+        }
+        for number in range(120)
+    ]
+    send(f"{url}/events", auth, made)
+
+
+def send(url: str, auth: str, body: list[dict]) -> None:
     headers = {
         "Content-Type": "application/json",
         "Authorization": "Basic " + base64.b64encode(auth.encode()).decode(),
     }
-    request = urllib.request.Request(f"{url}/logs/", json.dumps([line]).encode(), headers)
-    urllib.request.urlopen(request, timeout=60).close()
+    urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60).close()
+
+
+def wait_for_event(scan: Callable[[], dict], file: str) -> dict:
+    """Scan until a file shows a hit: the server stores events some time after it took them."""
+    for _ in range(6):
+        found = scan()
+        if any(hit["file"] == file for hit in found["hits"]):
+            return found
+        time.sleep(3)
+    raise AssertionError(f"no hit in {file}: {found['hits']}")
 
 
 def test_no_identifier_and_no_key_on_any_plane(workspace, tmp_path):
@@ -126,14 +154,17 @@ def test_no_identifier_and_no_key_on_any_plane(workspace, tmp_path):
     asked = ["scan-phi", "--identifiers", str(tmp_path / "list.txt"), "--dicom", str(tmp_path / "in")]
     asked += ["--dicom", str(workspace.hospital.dicom_dir), "--lake", "lake-flow", "--path", "lake"]
     with prefect_api(root / ".memmc") as (url, auth):
-        clean = memmc(*asked, "--prefect-api", url, cwd=root, PREFECT_API_AUTH_STRING=auth)
+        given = {"PREFECT_API_AUTH_STRING": auth}
+        clean = memmc(*asked, "--prefect-api", url, cwd=root, **given)
         assert (clean["num_hits"], clean["found"], clean["planted"]) == (0, 8, 8), clean["hits"]
         assert {"lake", "prefect", "mlflow", "prefect-api", "path 1"} <= set(clean["planes"])
         assert clean["identifiers"] > 500
-        # The negative control: one careless log line is found by the API and in the database behind it.
+        # The negative control: a careless log line and event are found by the API and in the database behind it.
         log_line(url, auth, f"could not read {planted[1].lower()}")
-        leaky = memmc(*asked, "--prefect-api", url, cwd=root, status=1, PREFECT_API_AUTH_STRING=auth)
+        events(url, auth, f"of {planted[2]}")
+        leaky = wait_for_event(lambda: memmc(*asked, "--prefect-api", url, cwd=root, status=1, **given), "events")
         assert {hit["plane"] for hit in leaky["hits"]} == {"prefect-api", "prefect"}
+        assert {hit["file"] for hit in leaky["hits"] if hit["plane"] == "prefect-api"} == {"logs", "events"}
         assert not any(value.lower() in json.dumps(leaky).lower() for value in planted)
 
 
