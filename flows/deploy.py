@@ -22,6 +22,7 @@ from memmc.pipeline.results import Result
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import WorkPool
     from prefect.client.schemas.responses import DeploymentResponse
     from prefect.events.schemas.automations import Automation
 
@@ -113,8 +114,11 @@ class _Server:
     def become(
         self, pools: Mapping[str, Pool], wanted: Mapping[str, Wanted], automations: list[dict[str, Any]]
     ) -> DeployResult:
-        for name in sorted({each.spec.work_pool.name for each in wanted.values()}):
-            self._pool(name, pools.get(name))
+        used = sorted({each.spec.work_pool.name for each in wanted.values()})
+        found = {name: self._find_pool(name, pools.get(name)) for name in used}
+        for name in used:
+            if name in pools:
+                self._pool(pools[name], found[name])
         there = self._owned_deployments()
         for name, each in wanted.items():
             self._deployment(each, there.get(name))
@@ -138,20 +142,24 @@ class _Server:
             return None
         return Change("update", what, name, fields)
 
-    def _pool(self, name: str, wanted: Pool | None) -> None:
-        from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    def _find_pool(self, name: str, wanted: Pool | None) -> WorkPool | None:
+        """Return a pool of the server; refuse what cannot become the file's."""
         from prefect.exceptions import ObjectNotFound
 
         try:
             found = self._client.read_work_pool(name)
         except ObjectNotFound:
-            found = None
-        if wanted is None:
-            if found is None:
-                raise ConfigError(f"work pool {name} is neither in the file nor on the server")
-            return
-        if found is not None and found.type != wanted.type:
+            if wanted is None:
+                raise ConfigError(f"work pool {name} is neither in the file nor on the server") from None
+            return None
+        if wanted is not None and found.type != wanted.type:
             raise ConfigError(f"work pool {name} is of type {found.type} on the server, {wanted.type} in the file")
+        return found
+
+    def _pool(self, wanted: Pool, found: WorkPool | None) -> None:
+        from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+
+        name = wanted.name
         facts: dict[str, Any] = {"description": wanted.description, "concurrency_limit": wanted.concurrency_limit}
         facts["base_job_template"] = wanted.base_job_template
         now = None if found is None else {key: getattr(found, key) for key in facts}

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import httpx
 import pytest
 from ruamel.yaml import YAML
 
@@ -23,7 +24,7 @@ from memmc.phantom.hospital import write_hospital
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "infra" / "stack"))
-from services import POOL, StackError, ask, basic  # noqa: E402
+from services import POOL, StackError, basic  # noqa: E402
 from stack import USER, Stack  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -63,12 +64,9 @@ class Site:
         return self.memmc("deploy", "--file", str(self.files / "prefect.yaml"), *words, status=status)
 
     def api(self, path, body=None, method=None):
-        header = basic(USER, self.stack.password)
-        if method is None:
-            return ask(self.stack.url("prefect", f"/api/{path}"), header, body)
-        import httpx
-
-        answer = httpx.request(method, self.stack.url("prefect", f"/api/{path}"), headers=header, json=body, timeout=30)
+        method = method or ("GET" if body is None else "POST")
+        url = self.stack.url("prefect", f"/api/{path}")
+        answer = httpx.request(method, url, headers=basic(USER, self.stack.password), json=body, timeout=90)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
@@ -86,7 +84,7 @@ class Site:
         with (self.files / name).open("w") as file:
             yaml.dump(content, file)
 
-    def run(self, deployment, parameters=None, timeout_s=240):
+    def run(self, deployment, parameters=None, timeout_s=400):
         """Run a deployment through the worker; return its run when it has ended."""
         made = self.api(
             f"deployments/{self.deployments()[deployment]['id']}/create_flow_run", {"parameters": parameters or {}}
