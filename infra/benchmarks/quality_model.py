@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from quality_figures import judged
 from quality_sets import Images, QualitySet
@@ -117,12 +118,9 @@ class _Masked:
 
 
 def _kept_back(images: Images, share: float) -> tuple[Images, Images | None]:
-    rows = [
-        {"patient_key": patient, "object_key": name, "row": row}
-        for row, (name, patient) in enumerate(zip(images.names, images.patients, strict=True))
-    ]
+    rows = pa.table({"patient_key": images.patients, "object_key": images.names, "row": range(len(images))})
     kept, held = keep_back(rows, share)
-    return images.take([row["row"] for row in kept]), images.take([row["row"] for row in held]) if held else None
+    return images.take(kept["row"].to_pylist()), images.take(held["row"].to_pylist()) if held.num_rows else None
 
 
 def _spec(images: Images, config: Config) -> InputSpec:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from memmc.config import Config
 from memmc.errors import DataError
 from memmc.lake.schemas import INSTANCES, REVIEWS
@@ -19,7 +22,12 @@ _MET_SPLITS = ("train", "calibrate")
 def normals(
     lake: Lake, cohort: str, split: str, version: int | None = None, pins: Pins | None = None
 ) -> list[dict[str, Any]]:
-    """Return the stored normal instances of a cohort's split that may be learned from, without pixels.
+    """Return the rows of `normal_table`; for a share that is small, such as the held-out one."""
+    return normal_table(lake, cohort, split, version, pins).to_pylist()
+
+
+def normal_table(lake: Lake, cohort: str, split: str, version: int | None = None, pins: Pins | None = None) -> pa.Table:
+    """Return the stored normal instances of a cohort's split that may be learned from, without pixels, by column.
 
     The quality gate lets them pass, and none of the training share waits under review. Held-out normals stay until
     a person has rejected them, whereupon they are normal no longer: a threshold that was set without the normals a
@@ -40,17 +48,19 @@ def normals(
         stored = lake.read(INSTANCES, columns, version, where)
     else:
         stored = lake.instances_with_labels(columns, version, where, pins.labels)
-    found = [row for row in stored.to_pylist() if row["label"] == "normal"]
+    found = stored.filter(pc.field("label") == "normal")
     kept_out = {} if absent(pins.quality) else dict(flags_of(lake, cohort, pins.quality))
     if split == "train":
         kept_out |= dict.fromkeys(under_review(lake, cohort, pins.reviews), ())
-    rows = [row for row in found if row["sop_instance_uid"] not in kept_out]
-    if found and not rows:
+    uids = found["sop_instance_uid"]
+    out = pc.call_function("is_in", [uids], pc.SetLookupOptions(value_set=pa.array(sorted(kept_out), uids.type)))
+    rows = found.filter(pc.call_function("invert", [out]))
+    if found.num_rows and not rows.num_rows:
         raise DataError(
-            f"the quality gate or a review keeps out all {len(found)} normal images of cohort '{cohort}' in its "
+            f"the quality gate or a review keeps out all {found.num_rows} normal images of cohort '{cohort}' in its "
             f"{split} share; see `memmc gate --cohort {cohort}`, `memmc review list` and the settings quality.*"
         )
-    if not rows:
+    if not rows.num_rows:
         raise DataError(
             f"cohort '{cohort}' has no normal images in its {split} share ({stored.num_rows} of any label); "
             "ingest with --label normal or --labels FILE.csv"
@@ -75,13 +85,15 @@ def newest_reviews(lake: Lake, cohort: str, version: int | None = None) -> dict[
     return {row["sop_instance_uid"]: row for row in rows}
 
 
-def one_preparation(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def one_preparation(rows: list[dict[str, Any]] | pa.Table) -> dict[str, Any]:
     """Return the shape, bits and `preprocess_id` all rows share.
 
     Raises:
         DataError: they do not share them.
     """
     names = ("preprocess_id", "height", "width", "channels", "bits")
+    if not isinstance(rows, list):
+        rows = rows.group_by(list(names)).aggregate([]).to_pylist()
     kinds = {tuple(row[name] for name in names) for row in rows}
     if len(kinds) > 1:
         raise DataError(

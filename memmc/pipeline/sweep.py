@@ -21,7 +21,7 @@ from memmc.pipeline.ingest import check_cohort
 from memmc.pipeline.models import tracking_of
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import PlanResult, Result
-from memmc.pipeline.select import normals
+from memmc.pipeline.select import normal_table
 from memmc.pipeline.train import keep_back, training_job
 from memmc.registry.tracking import Tracking
 from memmc.training.feed import CachedFeed
@@ -119,14 +119,14 @@ def preview(config: Config, cohort: str, params: Sequence[str], samples: int | N
     chosen = combinations(params, samples, config.train.seed)
     configs = [trial_config(config, settings, minutes) for settings in chosen]
     lake = Lake(config.lake.uri)
-    rows, held_out = keep_back(normals(lake, cohort, "train"), configs[0].train.validate_share)
+    rows, held_out = keep_back(normal_table(lake, cohort, "train"), configs[0].train.validate_share)
     at_once = max(1, tasks_at_once(config) or 1)
     return PlanResult(
         {
             "trials": len(configs),
             "minutes of training": round(-(-len(configs) // at_once) * minutes),
-            "normal images to train on": len(rows),
-            "normal images held out": len(held_out),
+            "normal images to train on": rows.num_rows,
+            "normal images held out": held_out.num_rows,
         }
     )
 
@@ -163,7 +163,7 @@ def sweep(
     chosen = combinations(params, samples, config.train.seed)
     configs = [trial_config(config, settings, minutes) for settings in chosen]
     version = lake.version("instances")
-    rows, held_out = keep_back(normals(lake, cohort, "train", version), configs[0].train.validate_share)
+    rows, held_out = keep_back(normal_table(lake, cohort, "train", version), configs[0].train.validate_share)
     jobs = [training_job(one, cohort, version, rows) for one in configs]
     tracking = tracking_of(config, home)
     name = f"sweep-{cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
@@ -175,7 +175,7 @@ def sweep(
         )
         for number, settings in enumerate(chosen)
     ]
-    progress.message(f"{len(chosen)} trials of {minutes:g} min, {len(rows)} images, {len(held_out)} held out")
+    progress.message(f"{len(chosen)} trials of {minutes:g} min, {rows.num_rows} images, {held_out.num_rows} held out")
     progress.stage("sweep", 1.0)
     status = "FAILED"
     try:
@@ -183,10 +183,10 @@ def sweep(
             require_cpus(ray, 1, use_gpu=False)
             files = lake.files("instances", version, {"outcome": "stored", "split": "train", "cohort": cohort})
             sources = [
-                ShardSource.open(ray, lake.storage, "instances", files, [r["object_key"] for r in part], cached=True)
+                ShardSource.open(ray, lake.storage, "instances", files, part["object_key"].to_pylist(), cached=True)
                 for part in (rows, held_out)
             ]
-            look_at = CachedFeed(sources[1].tables(), len(held_out), 1, 0, 0).images_NHWC
+            look_at = CachedFeed(sources[1].tables(), held_out.num_rows, 1, 0, 0).images_NHWC
             at_once = max(1, min(len(jobs), (tasks_at_once(config) or int(ray.cluster_resources()["CPU"]))))
             filesystem, root = lake.storage.arrow_filesystem()
             recorder = _recorder(tracking, children, progress, len(jobs))

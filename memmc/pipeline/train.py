@@ -12,6 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from memmc.config import Config
 from memmc.errors import ConfigError, DataError, ModelError
 from memmc.lake.tables import Lake
@@ -21,12 +24,15 @@ from memmc.pipeline.calibrate import calibrate_model
 from memmc.pipeline.cluster import ray_cluster, require_cpus
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.ingest import check_cohort
+from memmc.pipeline.model_card import build_card, publish_card
 from memmc.pipeline.models import OpenModel, open_model, tracking_of
+from memmc.pipeline.pins import Pins
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.quality import gate
 from memmc.pipeline.results import PlanResult, TrainResult
 from memmc.pipeline.runs import RunRecord, driving, task_of, to_resume, unfinished
-from memmc.pipeline.select import normals, one_preparation
+from memmc.pipeline.select import normal_table, one_preparation
+from memmc.registry.lineage import TrainingInput, images_digest, log_input
 from memmc.registry.models import register
 from memmc.registry.promotion import AUTHOR_TAG
 from memmc.registry.tracking import Tracking
@@ -35,6 +41,7 @@ from memmc.training.feed import CachedFeed
 from memmc.training.source import ShardSource
 
 _LOOK_IMAGES, _FEWEST_HELD_OUT = 64, 8
+_SETTINGS = {"data", "select", "split", "quality", "model", "train", "score", "calibrate", "evaluate"}  # not places
 
 
 def preview(config: Config, cohort: str) -> PlanResult:
@@ -44,8 +51,8 @@ def preview(config: Config, cohort: str) -> PlanResult:
     version = lake.version("instances")
     return PlanResult(
         {
-            "normal images to train on": len(normals(lake, cohort, "train", version)),
-            "normal images to calibrate on": len(normals(lake, cohort, "calibrate", version)),
+            "normal images to train on": normal_table(lake, cohort, "train", version).num_rows,
+            "normal images to calibrate on": normal_table(lake, cohort, "calibrate", version).num_rows,
             "table version": version,
         }
     )
@@ -90,7 +97,7 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
         if taking_over:
             tracking.resume_run(record.tracked)
             progress.message(f"going on with run {record.run}; train.resume=new begins another")
-        num_images, version = len(plan.rows), record.dataset_version
+        num_images, version = plan.rows.num_rows, record.dataset_version
         progress.message(f"{num_images} normal images, table version {version}, {config.train.num_workers} workers")
         progress.stage("start workers")
         status = "FAILED"
@@ -105,6 +112,8 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
                 )
                 model = open_model(config, home, registered.ref)
                 calibration = calibrate_model(config, ray, lake, model, cohort, progress)
+                card = build_card(config, model, _learned(plan, gated.flags), fitted.metrics, calibration)
+                publish_card(tracking, model, card)
             status = "FINISHED"
         finally:
             tracking.end_run(record.tracked, status)
@@ -131,8 +140,9 @@ class _Plan:
 
     cohort: str
     version: int
-    rows: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
+    pins: Pins
+    rows: pa.Table
+    held_out: pa.Table
     job: TrainingJob
     task: str
     start: OpenModel | None
@@ -143,14 +153,33 @@ class _Plan:
         if self.found is not None:
             return self.found
         run = f"train-{self.cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-        tags = {"run": run, "cohort": self.cohort, "dataset_version": str(self.version)}
+        tags = {"run": run, "cohort": self.cohort, "dataset_version": str(self.version), **self.pins.as_tags()}
         tags["audit_head"] = head_of(config)  # in another system than the trail's own, as a witness
         tags["preprocess_id"] = str(self.job.description["preprocess_id"])
         tags[AUTHOR_TAG] = actor()
         if self.start is not None:
             tags |= {"warm_start": self.start.ref, "warm_start_digest": self.start.digest}
         tracked = tracking.start_run(f"memmc/{self.cohort}", run, tags=tags, params=_params(config))
+        log_input(tracking, tracked, self._input(config))
+        shown = config.model_dump_json(include=_SETTINGS, exclude={"train": {"warm_start"}}, indent=1)
+        tracking.log_text(tracked, {"config.json": shown})
         return RunRecord(run, self.cohort, self.version, self.task, tracked)
+
+    def _input(self, config: Config) -> TrainingInput:
+        stamps = {"preprocess_id": str(self.job.description["preprocess_id"]), "config_id": config.config_id}
+        keys = self.rows["object_key"].to_pylist()
+        return TrainingInput(self.cohort, self.version, images_digest(keys), len(keys), self.num_patients, stamps)
+
+    @property
+    def num_patients(self) -> int:
+        """Patients of the images."""
+        return len(set(self.rows["patient_key"].to_pylist()))
+
+
+def _learned(plan: _Plan, flags: dict[str, int]) -> dict[str, Any]:
+    """Return what the model card says of the images."""
+    counts = {"images": plan.rows.num_rows, "patients": plan.num_patients, "kept_back": plan.held_out.num_rows}
+    return {**counts, "left_out": flags}
 
 
 def _plan(config: Config, home: Path, lake: Lake, cohort: str) -> tuple[_Plan, bool]:
@@ -159,34 +188,37 @@ def _plan(config: Config, home: Path, lake: Lake, cohort: str) -> tuple[_Plan, b
     wanted = config.train.resume if config.train.resume not in {"auto", "new"} else None
     named = next((r for r in unfinished(lake.storage, cohort) if r.run == wanted), None) if wanted else None
     version = named.dataset_version if named else lake.version("instances")
-    rows, held_out = keep_back(normals(lake, cohort, "train", version), config.train.validate_share)
+    pins = Pins.now(lake)
+    rows, held_out = keep_back(normal_table(lake, cohort, "train", version, pins), config.train.validate_share)
     job = training_job(config, cohort, version, rows, start)
-    task = task_of(config, (row["object_key"] for row in rows), start.digest if start else "")
+    task = task_of(config, rows["object_key"].to_pylist(), start.digest if start else "")
     found = None if config.train.resume == "new" else to_resume(lake.storage, cohort, task, wanted)
     if found is not None and found.dataset_version != version:
         # Later versions hold the same training images; the pinned one is the run's.
         version = found.dataset_version
         job = training_job(config, cohort, version, rows, start)
-    return _Plan(cohort, version, rows, held_out, job, task, start, found), found is not None
+    return _Plan(cohort, version, pins, rows, held_out, job, task, start, found), found is not None
 
 
-def keep_back(rows: list[dict[str, Any]], share: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def keep_back(rows: pa.Table, share: float) -> tuple[pa.Table, pa.Table]:
     """Return the rows to train on and those to look at, of other patients; by keyed hash, so that none ever moves.
 
     Raises:
         DataError: too few images kept back, or none left.
     """
     if not share:
-        return rows, []
+        return rows, rows.slice(0, 0)
     bound = round(share * 2**64)
-    held = [row for row in rows if _hash(row["patient_key"]) < bound]
-    kept = [row for row in rows if _hash(row["patient_key"]) >= bound]
-    if len(held) < _FEWEST_HELD_OUT or not kept:
+    is_held = pa.array([_hash(patient) < bound for patient in rows["patient_key"].to_pylist()], pa.bool_())
+    held, kept = rows.filter(is_held), rows.filter(pc.call_function("invert", [is_held]))
+    if held.num_rows < _FEWEST_HELD_OUT or not kept.num_rows:
         raise DataError(
-            f"train.validate_share = {share} keeps back {len(held)} of {len(rows)} images, at least {_FEWEST_HELD_OUT} "
-            "are needed and some must be left; choose another share, or 0"
+            f"train.validate_share = {share} keeps back {held.num_rows} of {rows.num_rows} images, at least "
+            f"{_FEWEST_HELD_OUT} are needed and some must be left; choose another share, or 0"
         )
-    return kept, sorted(held, key=lambda row: _hash(row["patient_key"] + row["object_key"]))[:_LOOK_IMAGES]
+    names = zip(held["patient_key"].to_pylist(), held["object_key"].to_pylist(), strict=True)
+    places = [_hash(patient + key) for patient, key in names]
+    return kept, held.take(sorted(range(len(places)), key=places.__getitem__)[:_LOOK_IMAGES])
 
 
 def _hash(text: str) -> int:
@@ -199,11 +231,10 @@ def _fit(
     use_gpu = _use_gpu(config, ray)
     require_cpus(ray, config.train.min_workers or config.train.num_workers, use_gpu)
     files = lake.files("instances", plan.version, {"outcome": "stored", "split": "train", "cohort": plan.cohort})
-    keys = [row["object_key"] for row in plan.rows]
+    keys = plan.rows["object_key"].to_pylist()
     num_bytes = len(keys) * plan.job.image_size**2 * plan.job.channels * plan.job.bits // 8
     cached = num_bytes <= config.train.cache_bytes
-    chosen = plan.held_out or sorted(plan.rows, key=lambda row: _hash(row["object_key"]))[:_LOOK_IMAGES]
-    look_at = [row["object_key"] for row in chosen]
+    look_at = plan.held_out["object_key"].to_pylist() or sorted(keys, key=_hash)[:_LOOK_IMAGES]
     looks = CachedFeed(
         ShardSource.open(ray, lake.storage, "instances", files, look_at, cached=True).tables(), len(look_at), 1, 0, 0
     )
@@ -226,12 +257,12 @@ def _fit(
 
 
 def _model_tags(plan: _Plan, record: RunRecord) -> dict[str, str]:
-    tags = {"cohort": plan.cohort, "dataset_version": str(record.dataset_version)}
+    tags = {"cohort": plan.cohort, "dataset_version": str(record.dataset_version), **plan.pins.as_tags()}
     return tags | ({"warm_start": plan.start.ref} if plan.start else {})
 
 
 def training_job(
-    config: Config, cohort: str, version: int, rows: list[dict[str, Any]], start: OpenModel | None = None
+    config: Config, cohort: str, version: int, rows: pa.Table, start: OpenModel | None = None
 ) -> TrainingJob:
     """Describe a run from the metadata of its images.
 
@@ -271,10 +302,11 @@ def training_job(
     )
 
 
-def pooled_statistics(rows: list[dict[str, Any]]) -> tuple[float, float]:
+def pooled_statistics(rows: pa.Table) -> tuple[float, float]:
     """Return mean and standard deviation over all pixels, from those of each image (law of total variance)."""
-    mean = math.fsum(row["pixel_mean"] for row in rows) / len(rows)
-    square = math.fsum(row["pixel_std"] ** 2 + row["pixel_mean"] ** 2 for row in rows) / len(rows)
+    means, stds = rows["pixel_mean"].to_pylist(), rows["pixel_std"].to_pylist()
+    mean = math.fsum(means) / rows.num_rows
+    square = math.fsum(s**2 + m**2 for s, m in zip(stds, means, strict=True)) / rows.num_rows
     return mean, math.sqrt(max(square - mean**2, 1e-8))
 
 

@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
+import pyarrow as pa
 import pytest
 
 from memmc.config import Config
@@ -164,5 +165,5 @@ def test_pooled_statistics_are_those_of_all_pixels():
     import numpy as np
 
     images = np.random.default_rng(0).random((5, 8, 8)) * np.arange(1, 6)[:, None, None]
-    rows = [{"pixel_mean": float(i.mean()), "pixel_std": float(i.std())} for i in images]
+    rows = pa.Table.from_pylist([{"pixel_mean": float(i.mean()), "pixel_std": float(i.std())} for i in images])
     assert pooled_statistics(rows) == pytest.approx((images.mean(), images.std()))

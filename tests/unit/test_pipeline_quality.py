@@ -14,7 +14,7 @@ from memmc.errors import DataError
 from memmc.lake.schemas import INSTANCES, LABELS, QUALITY
 from memmc.lake.tables import Lake
 from memmc.pipeline.quality import flags_of, gate, kept_from_scores, preview
-from memmc.pipeline.select import normals
+from memmc.pipeline.select import normal_table, normals
 
 SPLITS = ("train", "train", "train", "calibrate", "test")
 
@@ -85,8 +85,11 @@ def test_the_gate_flags_what_is_new_once_and_what_is_flagged_is_not_learned_from
     assert {uid: flags.get(uid) for uid in BAD} == {uid: expected for uid, (_, expected) in BAD.items()}
     assert second.flagged == len(flags) <= len(BAD) + 2
     assert sum(second.flags.values()) == sum(map(len, flags.values()))
-    learned = {row["sop_instance_uid"] for row in normals(lake, "c", "train")}
-    assert learned == {f"n{n:03d}" for n in range(150) if n % 5 < 3} - flags.keys()
+    learned = normal_table(lake, "c", "train")["sop_instance_uid"].to_pylist()
+    assert set(learned) == {f"n{n:03d}" for n in range(150) if n % 5 < 3} - flags.keys()
+    stored = lake.read(INSTANCES, ["sop_instance_uid"], filter={"cohort": "c", "split": "train", "outcome": "stored"})
+    assert learned == [uid for uid in stored["sop_instance_uid"].to_pylist() if uid not in flags]  # in their order
+    assert [row["sop_instance_uid"] for row in normals(lake, "c", "train")] == learned
     rows_before, version = lake.read(QUALITY, ["sop_instance_uid"]).num_rows, lake.version(QUALITY)
     third = gate(config, "c")
     assert (third.gated, third.flags, third.version) == (0, second.flags, version)
@@ -98,7 +101,7 @@ def test_other_rules_look_again_and_the_newest_verdict_holds(config, lake):
     gate(config, "c")
     strict = load_config(overrides=[f"lake.uri={config.lake.uri}", "quality.min_side_px=3000"])
     assert gate(strict, "c").flags["QC_TOO_SMALL"] == 150
-    with pytest.raises(DataError, match="flags all 90 normal images"):
+    with pytest.raises(DataError, match="keeps out all 90 normal images"):
         normals(lake, "c", "train")
     assert "QC_TOO_SMALL" not in gate(config, "c").flags
     assert len(normals(lake, "c", "train")) >= 88

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from memmc.config import Config, load_config
@@ -12,7 +13,9 @@ from memmc.pipeline.models import OpenModel
 from memmc.pipeline.train import training_job
 
 ROW = {"preprocess_id": "p" * 16, "height": 64, "width": 64, "channels": 1, "bits": 16}
-ROWS = [{**ROW, "pixel_mean": 0.2, "pixel_std": 0.1}, {**ROW, "pixel_mean": 0.4, "pixel_std": 0.1}]
+ROWS = pa.Table.from_pylist(
+    [{**ROW, "pixel_mean": 0.2, "pixel_std": 0.1}, {**ROW, "pixel_mean": 0.4, "pixel_std": 0.1}]
+)
 
 
 def model(config: Config, **changes: object) -> OpenModel:
