@@ -14,6 +14,7 @@ import asyncio
 import dataclasses
 import os
 import queue
+import re
 import shlex
 import threading
 import time
@@ -169,12 +170,18 @@ class _Client:
         self.ray = self._ask(Client, ray.address, verify=ray.ca_file or True)
 
     def submit(self, job: str, command: str) -> None:
-        """Begin a job; that another caller was first is as good."""
-        try:
-            self._ask(self.ray.submit_job, entrypoint=command, submission_id=job)
-        except StorageError:
-            if self.status(job) is None:
-                raise
+        """Begin a job; that another caller was first is as good. A cluster that has just begun is waited for."""
+        end = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                self._ask(self.ray.submit_job, entrypoint=command, submission_id=job)
+                return
+            except StorageError:
+                if self.status(job) is not None:
+                    return
+                if time.monotonic() > end:
+                    raise
+            time.sleep(_POLL_S)
 
     def status(self, job: str) -> str | None:
         """Return the job's status; None if the cluster does not know it."""
@@ -215,8 +222,11 @@ class _Client:
                 f"the Ray cluster's Jobs API does not answer ({type(error).__name__}); check ray.address"
             )
         except RuntimeError as error:
-            known = "status code 404" not in str(error)
-            failure = StorageError("the Ray cluster's Jobs API failed") if known else _UnknownJobError()
+            found = re.search(r"status code (\d{3})", str(error))
+            code = found.group(1) if found else "no status"
+            failure = (
+                _UnknownJobError() if code == "404" else StorageError(f"the Ray cluster's Jobs API failed ({code})")
+            )
         raise failure
 
 

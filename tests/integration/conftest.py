@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from operation_plant import RayHead
 
 from memmc.config import Config, load_config
 from memmc.phantom.hospital import HospitalSummary, write_hospital
@@ -81,3 +82,11 @@ def inside(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """The workspace, as the current directory."""
     monkeypatch.chdir(workspace.root)
     return workspace
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    """A Ray cluster that this process is not part of, with a Jobs API."""
+    head = RayHead(tmp_path_factory.mktemp("ray"), num_cpus=4)
+    yield head
+    head.stop()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -35,6 +38,54 @@ def until(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
             return found
         time.sleep(0.5)
     raise AssertionError(f"{what}: not within {timeout_s:g} s")
+
+
+class RayHead:
+    """A Ray cluster of one machine with ports of its own, and so with a Jobs API that works beside other clusters.
+
+    Attributes:
+        url: of the Jobs API.
+    """
+
+    def __init__(self, folder: Path, num_cpus: int) -> None:
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            token = folder / "token"
+            token.write_text(secrets.token_hex(32))
+            token.chmod(0o600)
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+        self.environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+        port, dashboard, agent = free_port(), free_port(), free_port()
+        self.url = f"http://127.0.0.1:{dashboard}"
+        self._sessions = tempfile.mkdtemp(prefix="memmc-")  # a short path, for Ray's sockets
+        words = ["start", "--head", "--block", f"--num-cpus={num_cpus}", f"--temp-dir={self._sessions}"]
+        words += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+        with (folder / "ray.log").open("ab") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ray.scripts.scripts", *words],
+                env=self.environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        until(self._answers, 180, "the Jobs API answers")
+
+    def stop(self) -> None:
+        """End every process of the cluster, and remove what it kept."""
+        below = psutil.Process(self._process.pid).children(recursive=True) if self._process.poll() is None else []
+        for process in [*below, self._process]:
+            process.kill()
+        self._process.wait()
+        shutil.rmtree(self._sessions, ignore_errors=True)
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, "ray start has ended"
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+        request = urllib.request.Request(f"{self.url}/api/version", headers={"Authorization": f"Bearer {token}"})
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+        except OSError:
+            return False
+        return True
 
 
 class Plant:

@@ -27,13 +27,11 @@ COHORT = "killed"
 
 
 @pytest.fixture(scope="module")
-def plant(workspace, tmp_path_factory):
-    """A server with the project's automations; a worker that submits to the session's Ray cluster."""
-    import ray
-
+def plant(workspace, ray_head, tmp_path_factory):
+    """A server with the project's automations; a worker that submits to the Ray cluster."""
     settings = {
         "MEMMC_LAKE__URI": str(workspace.root / "lake"),
-        "MEMMC_RAY__ADDRESS": f"http://{ray._private.worker.get_dashboard_url()}",
+        "MEMMC_RAY__ADDRESS": ray_head.url,
         "MEMMC_RAY__JOB_DIRECTORY": str(workspace.root),
         "MEMMC_RAY__JOB_COMMAND": str(Path(sys.executable).parent / "memmc"),
         "MEMMC_SOURCE__URI": str(workspace.hospital.dicom_dir),
@@ -77,7 +75,8 @@ class Flows:
     def actors(self):
         from ray.util.state import list_actors
 
-        return {actor.actor_id: actor.class_name for actor in list_actors(filters=[("state", "=", "ALIVE")])}
+        found = list_actors(address=self.cluster.ray.get_address(), filters=[("state", "=", "ALIVE")])
+        return {actor.actor_id: actor.class_name for actor in found}
 
 
 @pytest.fixture(scope="module")

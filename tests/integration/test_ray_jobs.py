@@ -54,13 +54,11 @@ class LeftError(BaseException):
 
 
 @pytest.fixture
-def ray(workspace, tmp_path):
-    from ray._private.worker import get_dashboard_url
-
+def ray(ray_head, tmp_path):
     command = tmp_path / "command"
     command.write_text(COMMAND)
     command.chmod(0o755)
-    return RayConfig(address=f"http://{get_dashboard_url()}", job_directory=str(tmp_path), job_command=str(command))
+    return RayConfig(address=ray_head.url, job_directory=str(tmp_path), job_command=str(command))
 
 
 def test_a_job_is_followed_joined_and_heard_and_nothing_else_leaves_it(ray, tmp_path):
