@@ -69,6 +69,17 @@ def show_most_abnormal(cohort: str, model: str, since: datetime, config: Overrid
     shown("the most abnormal scans", config, table)
 
 
+def show_trend(cohort: str, config: Overrides | None) -> None:
+    """Show how what monitoring finds has gone on."""
+
+    def trend(resolved: Config) -> None:
+        from memmc.pipeline.monitor import picture_of
+
+        _image(picture_of(resolved, cohort), "png", artifact_key("monitor", cohort, "trend"), f"Monitoring of {cohort}")
+
+    shown("the trend", config, trend)
+
+
 def name_run(step: str, cohort: str, version: int | None, config: Overrides | None) -> None:
     """Put the dataset's version into the run's name: `score-cxr-v12-20261122-2301`.
 

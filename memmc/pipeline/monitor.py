@@ -155,10 +155,23 @@ def draw(lake: Lake, cohort: str, alarms: list[Alarm]) -> tuple[str, str]:
         f"<img alt='Trend of the findings, one point a look; alarms are orange' "
         f"src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
     )
-    names = (f"reports/monitor-{cohort}.png", f"reports/monitor-{cohort}.html")
+    names = _names(cohort)
     for name, data in zip(names, (png, page.encode()), strict=True):
         lake.storage.write(name, data)
     return lake.storage.join(names[0]), lake.storage.join(names[1])
+
+
+def picture_of(config: Config, cohort: str) -> bytes:
+    """Return the PNG that the latest look has drawn.
+
+    Raises:
+        StorageError: there is none, or it cannot be read.
+    """
+    return Lake(config.lake.uri).storage.read(_names(cohort)[0])
+
+
+def _names(cohort: str) -> tuple[str, str]:
+    return f"reports/monitor-{cohort}.png", f"reports/monitor-{cohort}.html"
 
 
 def trends(rows: list[Row]) -> dict[str, list[Point]]:

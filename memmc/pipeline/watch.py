@@ -30,7 +30,7 @@ class Watched:
 
     Attributes:
         alarms: those that stand.
-        model: name/version of the champion, or of the model that was named; None where there is none.
+        model: name/version of the champion, or the model that was named, as it was named; None where there is none.
         sound: the model can be opened and its weights are weights, so that the other checks can run.
     """
 
@@ -58,7 +58,8 @@ def watch(config: Config, cohort: str, model: str | None, since: str | None, now
     scores = _scores(lake, cohort)
     latest = _latest(window, scores)
     version = resolve(tracking, model) if model else champion_for(tracking, cohort)
-    weights = _weights(config, version.ref) if version else None
+    reference = model or (version.ref if version else None)
+    weights = _weights(config, reference) if reference else None
     found = [
         rules_of.no_data(_newest(stored), now, rules),
         rules_of.quarantine_rate(_quarantined(stored, window), _quarantined(window), rules),
@@ -74,7 +75,7 @@ def watch(config: Config, cohort: str, model: str | None, since: str | None, now
     ]
     alarms = [alarm for alarm in found if alarm is not None]
     sound = version is not None and not any(alarm.name == "broken_weights" for alarm in alarms)
-    return Watched(alarms, version.ref if version else None, sound)
+    return Watched(alarms, reference, sound)
 
 
 def champion_for(tracking: Tracking, cohort: str) -> ModelVersion | None:

@@ -25,7 +25,7 @@ VERBS = {
     "export",
 }
 VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label", "maps", "explain", "cohort", "compare", "deploy"}
-VERBS |= {"drift"}
+VERBS |= {"drift", "monitor"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
