@@ -18,6 +18,8 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("ingest/arrivals", {}),
     ("train/on-demand", {}),
     ("score/new-scans", {"evaluate": True, "report": True}),
+    ("monitor/watch", {}),
+    ("retrain/when-due", {}),
     ("maintenance/weekly", {}),
     ("status/daily", {}),
 ]

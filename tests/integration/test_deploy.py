@@ -29,6 +29,8 @@ from stack import USER, Stack  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
+ALERTS = {f"memmc-alert-{name}" for name in ("alarm", "failed", "late", "silent")}
+
 
 def free_port():
     with socket.socket() as listener:
@@ -134,7 +136,7 @@ def test_the_server_is_the_file_and_the_second_time_nothing_changes(site):
     first, second = site.deploy(), site.deploy()
     assert second["changes"] == []
     assert second["unchanged"] == len(first["changes"]) > 5
-    assert set(first["waiting"]) == {"memmc-alert-alarm", "memmc-alert-failed", "memmc-alert-late"}
+    assert set(first["waiting"]) == ALERTS
     content = YAML(typ="safe").load((site.files / "prefect.yaml").read_text())
     there = site.deployments()
     wanted = {f"{each['entrypoint'].split('.')[1]}/{each['name']}": each for each in content["deployments"]}
@@ -272,11 +274,7 @@ def test_an_alarm_arrives_by_webhook_and_by_mail(site, recipients):
     )
     subprocess.run([sys.executable, "-c", make], env=site.stack.client_environment, check=True)
     result = site.deploy()
-    assert {change["name"] for change in result["changes"]} == {
-        "memmc-alert-alarm",
-        "memmc-alert-failed",
-        "memmc-alert-late",
-    }
+    assert {change["name"] for change in result["changes"]} == ALERTS
     assert result["waiting"] == {}
     event = {
         "id": "11111111-1111-4111-8111-111111111111",
