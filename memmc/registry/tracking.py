@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from memmc.config import TrackingConfig
 from memmc.errors import ConfigError, StorageError
 from memmc.registry.delivery import Delivery, Entry, RefusedError
+from memmc.registry.spool import VALUES_AT_ONCE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,7 +49,6 @@ _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https")
 _REFUSED = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # the run is gone, or was deleted
 _LAST_WAIT_S = 60.0
 _ASK_EVERY_S = 5.0
-_VALUES_PER_CALL = 900  # MLflow takes at most 1000 metrics in one call
 _PARAMS_PER_CALL = 100
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
@@ -161,7 +161,7 @@ class Tracking:
         """Log `(step, {name: value})` points in as few calls as MLflow allows; returns at once."""
         now_ms = int(time.time() * 1000)
         values = [(name, float(value), now_ms, step) for step, point in points for name, value in point.items()]
-        for part in _batched(values, _VALUES_PER_CALL):
+        for part in _batched(values, VALUES_AT_ONCE):
             self._delivery.put({"run": run_id, "kind": "metrics", "count": len(part), "values": part})
 
     def log_artifact(self, run_id: str, file: Path, folder: str | None = None) -> None:

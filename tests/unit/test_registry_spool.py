@@ -35,7 +35,8 @@ class Store:
             raise RefusedError("no such run")
         if "file" in entry:
             self.files.append({path.name: path.read_text() for path in files.iterdir()})
-        self.taken.append((entry["run"], entry["value"]))
+        found = entry["values"] if "values" in entry else [entry["value"]]
+        self.taken += [(entry["run"], value) for value in found]
 
 
 @pytest.fixture
@@ -68,6 +69,22 @@ def test_an_outage_loses_nothing_keeps_the_order_and_holds_nobody_up(tmp_path, s
     assert store.taken == values("r", range(200))
     assert (sending.waiting, sending.lost, list(tmp_path.iterdir())) == (0, 0, [])
     assert len([record for record in caplog.records if "sent when it answers" in record.message]) == 1
+
+
+def test_an_outage_is_made_up_for_in_few_calls(tmp_path, store):
+    """Values of one run that follow each other go together, up to what a call may hold, and never past an artifact."""
+    store.up = False
+    sending = Delivery(tmp_path, store)
+    for number in range(2000):
+        sending.put({"run": "r", "count": 1, "values": [number]})
+    sending.put({"run": "r", "count": 1, "value": "end"})
+    for number in range(3):
+        sending.put({"run": "s", "count": 2, "values": [number, number]})
+    store.up, store.asked = True, 0
+    assert sending.flush(20)
+    assert store.taken[:2001] == [*values("r", range(2000)), ("r", "end")]
+    assert store.taken[2001:] == [("s", number) for number in (0, 0, 1, 1, 2, 2)]
+    assert store.asked <= 3 + 1 + 1 + 1  # one may be asked once more, as the store was down
 
 
 def test_artifacts_are_as_they_were_when_logged(tmp_path, store):
