@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 import queue
 import re
@@ -158,6 +159,8 @@ class _Client:
         if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         from ray.job_submission import JobSubmissionClient
+
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)
 
         class Client(JobSubmissionClient):
             def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
