@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -51,4 +52,7 @@ def test_readme_commands_run_as_written(inside, hospital, monkeypatch, tmp_path)
         ran += 1
     assert ran == len(commands()) - len(MADE) >= 10
     assert (work / "scores.parquet").exists()
+    done = [json.loads(path.read_text())["action"] for path in sorted((work / "lake" / "_audit").glob("0*.json"))]
+    verbs = {shlex.split(line)[1] for line in commands() if "--dry-run" not in line}
+    assert {verb for verb in verbs if verb not in {"make", "doctor", "demo", "test", "audit"}} <= set(done)
     assert "not a medical device" in (work / "report.html").read_text()
