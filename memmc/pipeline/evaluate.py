@@ -10,7 +10,8 @@ from memmc.lake.tables import Lake
 from memmc.pipeline.assess import Assessment, assess
 from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import home_directory
-from memmc.pipeline.models import OpenModel, open_model
+from memmc.pipeline.model_card import add_evaluation
+from memmc.pipeline.models import OpenModel, open_model, tracking_of
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import EvaluationResult
 
@@ -36,7 +37,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure a model on every labelled instance of a cohort whose patient it was neither trained nor calibrated on.
 
-    Instances that are not scored yet are scored first.
+    Instances that are not scored yet are scored first. The figures are added to the model's card.
 
     Args:
         masks: CSV of lesion masks (see `memmc.pipeline.images.read_masks`); adds `localisation`.
@@ -45,11 +46,15 @@ def evaluate(
     Raises:
         DataError: no normal or no abnormal image of an unseen patient.
         ModelError: no such model.
+        StorageError: the lake or the model registry cannot be reached.
     """
     progress = progress or Silent()
     lake = Lake(config.lake.uri)
-    opened = open_model(config, home_directory(), model)
-    return as_result(assess(config, lake, opened, cohort, masks, progress, boxes), opened, cohort)
+    home = home_directory()
+    opened = open_model(config, home, model)
+    measured = as_result(assess(config, lake, opened, cohort, masks, progress, boxes), opened, cohort)
+    add_evaluation(tracking_of(config, home), opened, measured)
+    return measured
 
 
 def as_result(assessment: Assessment, model: OpenModel, cohort: str) -> EvaluationResult:
