@@ -36,7 +36,7 @@ def promote(
     with call(lake, config, settings, as_json=as_json) as run:
         result = step(run.config, cohort, model, approve=approve, dry_run=dry_run, progress=run.terminal)
         run.finish(result, lambda: summary(result))
-    end(result.outcome, f"{result.model} is not promoted: {result.reason}")
+    end(result.outcome, f"{result.model} is not promoted: {result.reason}", as_json=as_json)
 
 
 def rollback(
@@ -71,7 +71,7 @@ def decisions(
         run.finish(result, lambda: "\n".join(line(item) for item in result.decisions) or "no decision yet")
 
 
-def end(outcome: str, message: str) -> None:
+def end(outcome: str, message: str, *, as_json: bool) -> None:
     """End with 3 where nothing was promoted; in the JSON mode the result has been printed already.
 
     Raises:
@@ -79,7 +79,7 @@ def end(outcome: str, message: str) -> None:
     """
     if outcome == "promoted":
         return
-    if "--json" in sys.argv:
+    if as_json:
         print(f"memmc: {message}", file=sys.stderr)
         raise typer.Exit(GateRefused.exit_code)
     raise GateRefused(message)

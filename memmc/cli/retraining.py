@@ -53,7 +53,8 @@ def retrain(
             result = step(run.config, cohort, approve=approve, dry_run=dry_run, progress=run.terminal)
         run.finish(result, lambda: summary(result))
     if result.verdict:
-        end(result.verdict["outcome"], f"{result.verdict['model']} is not promoted: {result.verdict['reason']}")
+        message = f"{result.verdict['model']} is not promoted: {result.verdict['reason']}"
+        end(result.verdict["outcome"], message, as_json=as_json)
 
 
 def summary(result: RetrainResult) -> str:

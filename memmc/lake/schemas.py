@@ -205,7 +205,7 @@ SCHEMAS: Final[Mapping[str, pa.Schema]] = {
         "decision_id str",
         "cohort str",
         "action str",  # promote, rollback, retrain
-        "outcome str",
+        "verdict str",
         "reason str",
         "name str",  # registered model
         "model str?",  # name/version the decision is about

@@ -87,6 +87,7 @@ def record(config: Config, lake: Lake, decision: Decision, turn: int | None = No
         StorageError: the lake cannot be written.
     """
     row = {**vars(decision), "facts": _json(decision.facts), "rules": _json(decision.rules)}
+    row["verdict"] = row.pop("outcome")
     files = write_rows(lake.storage, DECISIONS, pa.Table.from_pylist([row], schema=SCHEMAS[DECISIONS]))
     turns = None if turn is None else {turn_name(decision.name): turn}
     lake.commit(DECISIONS, files, f"decision-{decision.decision_id}", {"action": decision.action}, turns=turns)
@@ -109,9 +110,13 @@ def read(lake: Lake, *, cohort: str | None = None, name: str | None = None) -> l
     """Return decisions, newest first."""
     if not lake.exists(DECISIONS):
         return []
-    rows = lake.read(DECISIONS).to_pylist()
+    rows = [{**row, "outcome": row["verdict"]} for row in lake.read(DECISIONS).to_pylist()]
     found = [
-        Decision(**{**row, "facts": json.loads(row["facts"]), "rules": json.loads(row["rules"])})
+        Decision(
+            **{name: row[name] for name in row if name not in {"verdict", "facts", "rules"}},
+            facts=json.loads(row["facts"]),
+            rules=json.loads(row["rules"]),
+        )
         for row in rows
         if (cohort is None or row["cohort"] == cohort) and (name is None or row["name"] == name)
     ]
