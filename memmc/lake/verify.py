@@ -128,8 +128,10 @@ def _account(lake: Lake, versions: dict[str, int], *, scores: bool) -> tuple[dic
         for cohort, count in _twice(found).items():
             damages.append(Damage(INSTANCES, "", f"cohort '{cohort}': {count} {what} stand more than once"))
     if scores:
-        wanted = ["cohort", "sop_instance_uid", "model_digest", "calibration_id"]
+        wanted = ["cohort", "sop_instance_uid", "model_digest", "calibration_id", "not_scored"]
         scored = lake.read(SCORES, wanted, versions[SCORES])
+        # A row that says why an instance has no score may be of one that is not stored, and a score may follow it.
+        scored = scored.filter(scored["not_scored"].is_null())
         known = set(stored)
         foreign = Counter(key[0] for key in _keys(scored, "sop_instance_uid") if key not in known)
         damages += [

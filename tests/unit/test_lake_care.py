@@ -100,6 +100,13 @@ def test_an_account_that_does_not_balance(lake):
     assert memmc(lake, "verify").exit_code == 1
 
 
+def test_a_row_that_says_why_there_is_no_score_is_no_score(lake):
+    reasons = score_rows(["uid0", "uid1", "uid4", "nobody"])
+    reasons = reasons.append_column("not_scored", pa.array(["SELECT_LATERAL_VIEW"] * reasons.num_rows))
+    lake.append(SCORES, reasons, "score-2")
+    assert verify(lake).damages == []
+
+
 def test_other_cohorts_and_other_calibrations_are_no_doubles(lake):
     lake.append(INSTANCES, instance_rows(cohort="b"), "other")
     lake.append(SCORES, score_rows(["uid0"], calibration="later"), "score-2")
