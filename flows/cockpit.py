@@ -1,7 +1,8 @@
 """What a run shows beside its account. A lack of it never fails a run that has done its work.
 
-An image artifact holds its picture itself, as a data: URI: there is no place that both the browser and every worker
-reach. So pictures are bounded (`memmc.pipeline.cockpit.MOST_BYTES`).
+A picture lies in its artifact, as a data: URI, since there is no place that both the browser and every worker reach; so
+it is bounded (`memmc.pipeline.cockpit.MOST_BYTES`). The artifact is Markdown: under an image artifact the server's pages
+print the whole URI.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from prefect import get_run_logger
-from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from flows.calls import Overrides, config_in_force
 from flows.naming import artifact_key
+from flows.summary import as_table
 from memmc.config import Config
 from memmc.errors import MemmcError
 
@@ -52,21 +54,21 @@ def show_tracked(cohort: str, model: str, config: Overrides | None) -> None:
 def show_most_abnormal(cohort: str, model: str, since: datetime, config: Overrides | None) -> None:
     """Show the batch's most abnormal scans: a table of pseudonyms, and pictures where `cockpit.pixels` says so."""
 
-    def table(resolved: Config) -> None:
+    def most(resolved: Config) -> None:
         from memmc.pipeline.cockpit import contact_sheet, most_abnormal
 
         rows = most_abnormal(resolved, cohort, model, since)
         if not rows:
             return
-        create_table_artifact(
-            rows, key=artifact_key("score", cohort, "most-abnormal"), description=f"The most abnormal by {model}"
-        )
+        table = as_table(rows)
+        key = artifact_key("score", cohort, "most-abnormal")
         if resolved.cockpit.pixels:
             sheet = contact_sheet(resolved, cohort, model, rows)
-            key = artifact_key("score", cohort, "scans")
-            _image(sheet, "jpeg", key, f"The most abnormal by {model}, each beside its heat map")
+            _image(sheet, "jpeg", key, f"The most abnormal by {model}, each beside its heat map", table)
+        else:
+            create_markdown_artifact(table, key=key, description=f"The most abnormal by {model}")
 
-    shown("the most abnormal scans", config, table)
+    shown("the most abnormal scans", config, most)
 
 
 def show_trend(cohort: str, config: Overrides | None) -> None:
@@ -113,6 +115,7 @@ def shown(what: str, config: Overrides | None, show: Callable[[Config], T]) -> T
     return None
 
 
-def _image(data: bytes, kind: str, key: str, description: str) -> Any:
+def _image(data: bytes, kind: str, key: str, description: str, below: str = "") -> Any:
+    """Publish a picture, and Markdown below it."""
     uri = f"data:image/{kind};base64,{b64encode(data).decode()}"
-    return create_image_artifact(image_url=uri, key=key, description=description)
+    return create_markdown_artifact(f"![{description}]({uri})\n\n{below}", key=key, description=description)

@@ -19,7 +19,7 @@ from memmc.pipeline.select import newest_calibration, score_rows
 from memmc.registry.models import CHAMPION, all_versions, resolve
 
 MOST_BYTES = 160_000  # of one picture
-_TILE_PX, _GAP_PX, _CAPTION_PX, _PAIRS_PER_ROW = 144, 6, 16, 4
+_TILE_PX, _GAP_PX, _CAPTION_PX, _PAIRS_PER_ROW = 144, 6, 22, 3
 _QUALITIES = (85, 70, 50, 30)  # of JPEG; the first that fits
 
 
@@ -84,14 +84,14 @@ def contact_sheet(config: Config, cohort: str, model: str, shown: Sequence[dict[
     Args:
         shown: rows of `most_abnormal`.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     pairs = _pairs(config, cohort, model, [row["sop_instance_uid"] for row in shown])
     columns = min(_PAIRS_PER_ROW, len(pairs))
     width, height = 2 * _TILE_PX + _GAP_PX, _TILE_PX + _CAPTION_PX
     lines = -(-len(pairs) // columns)
     sheet = Image.new("RGB", (columns * (width + _GAP_PX) + _GAP_PX, lines * (height + _GAP_PX) + _GAP_PX), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for number, (row, (scan, heat)) in enumerate(zip(shown, pairs, strict=True)):
         left = _GAP_PX + number % columns * (width + _GAP_PX)
         top = _GAP_PX + number // columns * (height + _GAP_PX)
@@ -99,7 +99,7 @@ def contact_sheet(config: Config, cohort: str, model: str, shown: Sequence[dict[
         sheet.paste(heat, (left + _TILE_PX, top))
         mark = "abnormal" if row["is_abnormal"] else "normal"
         caption = f"...{row['sop_instance_uid'][-10:]}  p = {row['p_value']:.3g}  {mark}"
-        draw.text((left, top + _TILE_PX + 2), caption, fill="black")
+        draw.text((left, top + _TILE_PX + 2), caption, fill="black", font=font)
     return _small_jpeg(sheet)
 
 
