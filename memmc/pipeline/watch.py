@@ -133,9 +133,13 @@ def _unscored(lake: Lake, cohort: str, rows: Any, scores: Sequence[dict[str, Any
 
 
 def _latest(window: Any, scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the scores of the window, the newest first; of everything where the window has none."""
+    """Return the newest score of each instance of the window, the newest first; of everything where it has none."""
     inside = set(window["sop_instance_uid"].to_pylist())
-    made = [row for row in scores if row["anomaly_score"] is not None]
+    newest: dict[str, dict[str, Any]] = {}
+    for row in scores:
+        if row["anomaly_score"] is not None:
+            newest.setdefault(row["sop_instance_uid"], row)
+    made = list(newest.values())
     return [row for row in made if row["sop_instance_uid"] in inside] or made
 
 
