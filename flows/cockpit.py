@@ -1,8 +1,8 @@
 """What a run shows beside its account. A lack of it never fails a run that has done its work.
 
 A picture lies in its artifact, as a data: URI, since there is no place that both the browser and every worker reach; so
-it is bounded (`memmc.pipeline.cockpit.MOST_BYTES`). The artifact is Markdown: under an image artifact the server's pages
-print the whole URI.
+it is bounded (`memmc.pipeline.cockpit.MOST_BYTES`). The artifact is Markdown: under an image artifact the pages print
+the whole URI.
 """
 
 from __future__ import annotations
