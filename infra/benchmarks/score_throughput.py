@@ -36,11 +36,12 @@ import pyarrow as pa
 
 from memmc.config import load_config
 from memmc.lake.schemas import INSTANCES, SCHEMAS
-from memmc.lake.stream import PIXEL_COLUMNS, pixels_to_array
+from memmc.lake.stream import pixels_to_array
 from memmc.lake.tables import Lake
 from memmc.pipeline.models import open_model
 from memmc.pipeline.select import newest_calibration
 from memmc.scoring.actor import ScoringJob, model_files
+from memmc.scoring.bulk import score_columns
 
 SHARE, GROWTH = 0.85, 1.1
 SHARD_ROWS, SAMPLE_S, BARE_IMAGES = 500, 0.25, 400
@@ -194,7 +195,7 @@ def main() -> int:
         columns = list(SCHEMAS[INSTANCES].names)
         source = lake.read(INSTANCES, columns, filter={"cohort": args.cohort, "outcome": "stored"})
         job = ScoringJob(model_files(model.folder), config.score.model_copy(update={"passes": passes}))
-        images = source.select([*PIXEL_COLUMNS, "sop_instance_uid"]).slice(0, BARE_IMAGES)
+        images = source.select(score_columns()).slice(0, BARE_IMAGES)
         print(f"{model.ref}, {passes} passes, {args.actors} actors on {len(os.sched_getaffinity(0))} cores")
         for count in [int(text) for text in args.counts.split(",")]:
             add_images(lake, source, f"n{count}", count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +15,15 @@ from memmc.lake.tables import Lake
 from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.images import read_images
-from memmc.pipeline.models import open_model
-from memmc.pipeline.patch_index import patch_index, position
+from memmc.pipeline.models import OpenModel, open_model
+from memmc.pipeline.patch_index import PatchIndex, patch_index, position
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import WhyResult
 from memmc.pipeline.select import newest_calibration, score_rows
 from memmc.scoring.maps import decode_map
+
+if TYPE_CHECKING:
+    from memmc.model.artifact import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -60,75 +63,122 @@ def why(
         DataError: the instance has no score of the model's newest calibration.
         StorageError: the picture cannot be written.
     """
-    import torch
-
-    from memmc.model.artifact import load_model
-    from memmc.model.memory_usage import gate_means
-    from memmc.scoring.early_stop import StopRule
-    from memmc.scoring.exported import ids_for
-    from memmc.scoring.masks import reconstruct
-    from memmc.scoring.scorer import scorer_from_bytes
-    from memmc.scoring.why import patch_features, scale_shares, slot_uses
-
-    progress = progress or Silent()
     lake = Lake(config.lake.uri)
     opened = open_model(config, home_directory(), model)
-    calibration = newest_calibration(lake, opened)
-    columns = ("anomaly_map", "map_height", "map_width", "regions", "passes_used")
-    scored = score_rows(lake, cohort, opened, calibration["calibration_id"], columns).get(uid)
-    if scored is None:
-        raise DataError(f"that instance has no score of {opened.ref} in cohort '{cohort}'; run `memmc score` first")
-    index = patch_index(lake, opened, progress)
-    progress.stage("explain")
-    loaded = load_model(opened.folder)
-    anomaly_map = decode_map(scored["anomaly_map"], scored["map_height"], scored["map_width"])
-    regions = scored["regions"] or []
-    place = place_of(anomaly_map, regions[0] if regions else None, loaded.model.patch_size)
-    ids = torch.from_numpy(ids_for(loaded, [uid], calibration["passes"] or config.score.passes))
-    ids = ids[:, : scored["passes_used"] or ids.shape[1]]
-    image_HWC = read_images(lake, cohort, [uid])[0]
-    images = torch.from_numpy(image_HWC[None]).permute(0, 3, 1, 2).contiguous()
-    mean, std = loaded.info.pixel_mean, loaded.info.pixel_std
-    standardised = (images - mean) / std
-    reconstruction = reconstruct(loaded.model, standardised, ids).rescale(mean, std)
-    rule, state = StopRule.from_row(calibration["early_stop"]), calibration["scorer_state"]
-    scorer = scorer_from_bytes(rule.scorer_state(scored["passes_used"], state) if rule else state)
-    shares = scale_shares(scorer, scorer.features(images, reconstruction), images.shape[2])
-    features_LD = patch_features(loaded.model, standardised, ids)[0].numpy()
-    patch = place.peak_patch
-    result = WhyResult(
-        sop_instance_uid=uid,
-        cohort=cohort,
-        model=opened.ref,
-        calibration_id=calibration["calibration_id"],
-        anomaly_score=scored["anomaly_score"],
-        p_value=scored["p_value"],
-        is_abnormal=scored["is_abnormal"],
-        region=regions[0] if regions else None,
-        patch=position(patch, loaded.model.num_patches),
-        memory=[
-            asdict(use) for use in slot_uses(loaded.model, standardised[0], ids[0], torch.from_numpy(place.mask_L))
-        ],
-        nearest=index.nearest(features_LD[patch]),
-        scales=[asdict(share) for share in shares],
-        levels=gate_means(loaded.model, standardised.expand(len(ids[0]), -1, -1, -1), ids[0]),
-    )
+    explainer = Explainer.open(config, lake, opened, progress or Silent())
+    found = explainer.explain(cohort, uid)
     if picture is not None:
+        _write(picture, explainer.picture(found))
+    return found.result
+
+
+@dataclass(frozen=True)
+class Explained:
+    """An explanation and what its picture shows: the scan (H, W, C), what was expected, and the map, (H, W) each."""
+
+    result: WhyResult
+    image_HWC: NDArray[np.floating]
+    expected_HW: NDArray[np.floating]
+    anomaly_map_HW: NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """A model, its newest calibration and its index of normal patches, opened once for any number of scans."""
+
+    config: Config
+    lake: Lake
+    model: OpenModel
+    calibration: dict[str, Any]
+    index: PatchIndex
+    loaded: LoadedModel
+
+    @classmethod
+    def open(cls, config: Config, lake: Lake, model: OpenModel, progress: Progress) -> Explainer:
+        """Open what explanations need.
+
+        Raises:
+            DataError: the model is not calibrated, or its training normals are gone.
+        """
+        from memmc.model.artifact import load_model
+
+        calibration, index = newest_calibration(lake, model), patch_index(lake, model, progress)
+        progress.stage("explain")
+        return cls(config, lake, model, calibration, index, load_model(model.folder))
+
+    def explain(self, cohort: str, uid: str) -> Explained:
+        """Explain the score of one instance.
+
+        Raises:
+            DataError: the instance has no score of the calibration.
+        """
+        import torch
+
+        from memmc.model.memory_usage import gate_means
+        from memmc.scoring.early_stop import StopRule
+        from memmc.scoring.exported import ids_for
+        from memmc.scoring.masks import reconstruct
+        from memmc.scoring.scorer import scorer_from_bytes
+        from memmc.scoring.why import patch_features, scale_shares, slot_uses
+
+        loaded, calibration = self.loaded, self.calibration
+        scored = self._scored(cohort, uid)
+        anomaly_map = decode_map(scored["anomaly_map"], scored["map_height"], scored["map_width"])
+        regions = scored["regions"] or []
+        place = place_of(anomaly_map, regions[0] if regions else None, loaded.model.patch_size)
+        ids = torch.from_numpy(ids_for(loaded, [uid], calibration["passes"] or self.config.score.passes))
+        ids = ids[:, : scored["passes_used"] or ids.shape[1]]
+        image_HWC = read_images(self.lake, cohort, [uid])[0]
+        images = torch.from_numpy(image_HWC[None]).permute(0, 3, 1, 2).contiguous()
+        mean, std = loaded.info.pixel_mean, loaded.info.pixel_std
+        standardised = (images - mean) / std
+        reconstruction = reconstruct(loaded.model, standardised, ids).rescale(mean, std)
+        rule, state = StopRule.from_row(calibration["early_stop"]), calibration["scorer_state"]
+        scorer = scorer_from_bytes(rule.scorer_state(scored["passes_used"], state) if rule else state)
+        shares = scale_shares(scorer, scorer.features(images, reconstruction), images.shape[2])
+        features_LD = patch_features(loaded.model, standardised, ids)[0].numpy()
+        uses = slot_uses(loaded.model, standardised[0], ids[0], torch.from_numpy(place.mask_L))
+        result = WhyResult(
+            sop_instance_uid=uid,
+            cohort=cohort,
+            model=self.model.ref,
+            calibration_id=calibration["calibration_id"],
+            anomaly_score=scored["anomaly_score"],
+            p_value=scored["p_value"],
+            is_abnormal=scored["is_abnormal"],
+            region=regions[0] if regions else None,
+            patch=position(place.peak_patch, loaded.model.num_patches),
+            memory=[asdict(use) for use in uses],
+            nearest=self.index.nearest(features_LD[place.peak_patch]),
+            scales=[asdict(share) for share in shares],
+            levels=gate_means(loaded.model, standardised.expand(len(ids[0]), -1, -1, -1), ids[0]),
+        )
+        return Explained(result, image_HWC, reconstruction.mean_BCHW[0].mean(0).numpy(), anomaly_map)
+
+    def picture(self, found: Explained) -> bytes:
+        """Return an explanation as a PNG."""
         from memmc.evaluation.why_figure import why_png
 
-        neighbours = read_images(lake, opened.cohort, [item["sop_instance_uid"] for item in result.nearest])
-        expected = reconstruction.mean_BCHW[0].mean(0).numpy()
-        page = why_png(
-            result.as_dict(),
-            image_HWC.mean(-1),
-            expected,
-            anomaly_map,
-            calibration["map_scale"],
+        uids = [item["sop_instance_uid"] for item in found.result.nearest]
+        neighbours = read_images(self.lake, self.model.cohort, uids)
+        return why_png(
+            found.result.as_dict(),
+            found.image_HWC.mean(-1),
+            found.expected_HW,
+            found.anomaly_map_HW,
+            self.calibration["map_scale"],
             [item.mean(-1) for item in neighbours],
-            loaded.model.patch_size,
+            self.loaded.model.patch_size,
         )
-        _write(picture, page)
-    return result
+
+    def _scored(self, cohort: str, uid: str) -> dict[str, Any]:
+        columns = ("anomaly_map", "map_height", "map_width", "regions", "passes_used")
+        rows = score_rows(self.lake, cohort, self.model, self.calibration["calibration_id"], columns)
+        if uid not in rows:
+            raise DataError(
+                f"that instance has no score of {self.model.ref} in cohort '{cohort}'; run `memmc score` first"
+            )
+        return rows[uid]
 
 
 def _write(picture: Path, page: bytes) -> None:
