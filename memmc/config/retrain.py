@@ -51,7 +51,7 @@ class PromoteConfig(Section):
     max_error_ratio: float = Field(
         default=0.9,
         gt=0,
-        description="Masked error over that of guessing each pixel by the mean normal; a model that has learned "
+        description="Masked error over that of guessing the mean grey everywhere; a model that has learned "
         "no more than the mean stands at 1 [choice].",
     )
     max_changed: Fraction = Field(

@@ -171,14 +171,14 @@ def false_positive_gate(
 
 
 def learning_gate(error: float, error_of_mean: float, rules: PromoteConfig) -> Gate:
-    """Judge whether hidden patches are predicted better than by the mean normal image.
+    """Judge whether hidden patches are predicted better than by one grey everywhere.
 
     Args:
         error: mean absolute error on hidden patches of held-out normals.
-        error_of_mean: of the mean of the other normals, at the same patches.
+        error_of_mean: of the mean grey, on the same images.
     """
     ratio = error / error_of_mean if error_of_mean > 0 and np.isfinite(error) else float("inf")
-    why = f"error on hidden patches {error:.4f}, of the mean normal {error_of_mean:.4f}: {ratio:.2f} of it"
+    why = f"error on hidden patches {error:.4f}, of the mean grey {error_of_mean:.4f}: {ratio:.2f} of it"
     why += f", at most {rules.max_error_ratio:.2f}"
     verdict: Verdict = "pass" if ratio <= rules.max_error_ratio else "fail"
     return Gate("learned", ratio if np.isfinite(ratio) else None, rules.max_error_ratio, verdict, why)

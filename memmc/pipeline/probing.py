@@ -129,16 +129,15 @@ def planted(images_NCHW: Tensor, rules: MonitorConfig) -> Tensor:
 
 
 def hidden_errors(judged: Judged, images_NCHW: Tensor) -> tuple[float, float]:
-    """Return the mean absolute error on hidden patches, and that of guessing the mean of the other half of the images.
+    """Return the mean absolute error on hidden patches, and that of guessing the mean grey of all images everywhere.
 
-    In the model's units (standard deviations of its training pixels), the same for both.
+    In the model's units (standard deviations of its training pixels), the same for both. The mean image would be the
+    better guess, and too good a one: where patients stand alike, a model that finds lesions may know less than it.
     """
     model, images = judged.loaded.model, judged.standardised(images_NCHW[:_LOOK_IMAGES])
     fixed = Fixed.of(images, model)
     error = float(patch_errors(model, fixed.images_VCHW, fixed.ids_keep_VGK).mean())
-    even = torch.arange(len(images)) % 2 == 0
-    guesses = torch.where(even[:, None, None, None], images[~even].mean(0), images[even].mean(0))
-    return error, float((images - guesses).abs().mean())
+    return error, float((images - images.mean()).abs().mean())
 
 
 def slots_used(judged: Judged, images_NCHW: Tensor) -> list[float]:
