@@ -14,8 +14,8 @@ import argparse
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ from memmc.scoring.bulk import join_features
 from memmc.scoring.calibration import p_values, threshold_at
 from memmc.scoring.embedding import embeddings
 from memmc.scoring.scorer import fit_and_calibrate, make_scorer
+
+Patient = tuple[np.ndarray, np.ndarray, float]  # normal, abnormal, the draw that decides which
 
 SIDE, RATE = 64, 0.05
 MAKERS = {"A": 0.4, "B": 0.35, "C": 0.25}
@@ -68,22 +70,41 @@ CHANGES: dict[str, Stream] = {
 _LOOK = {"A": (1.0, 0.0), "B": (0.94, 0.0), "C": (1.0, 0.35), "D": (0.9, 0.5)}
 
 
-def expose(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return a patient without and with a lesion, float32 in [0, 1]."""
-    kind = LESION_KINDS[seed % len(LESION_KINDS)]
-    pair = (simulate(seed, 0, None, SIDE), simulate(seed, 0, Lesion(kind, seed), SIDE))
-    normal, abnormal = (item.image_HW.astype(np.float32) / 4095 for item in pair)
-    return normal, abnormal
+def luck(seed: int) -> float:
+    """Return a patient's draw: where a stream's share of lesions is above it, the patient has one."""
+    return float(np.random.default_rng([seed, 9]).random())
 
 
-def week(patients: list[tuple[np.ndarray, np.ndarray]], stream: Stream, rng: np.random.Generator) -> dict[str, Any]:
+def expose(seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return a patient without and, if some stream asks for it, with a lesion, float32 in [0, 1]."""
+    normal = simulate(seed, 0, None, SIDE).image_HW.astype(np.float32) / 4095
+    if luck(seed) >= max(stream.lesions for stream in CHANGES.values()):
+        return normal, None
+    lesion = Lesion(LESION_KINDS[seed % len(LESION_KINDS)], seed)
+    return normal, simulate(seed, 0, lesion, SIDE).image_HW.astype(np.float32) / 4095
+
+
+def patients_of(total: int, file: Path | None) -> list[Patient]:
+    """Return simulated patients, from a file where one holds them."""
+    if file is not None and file.exists():
+        with np.load(file) as kept:
+            return [(kept["normal"][seed], kept["abnormal"][seed], luck(seed)) for seed in range(total)]
+    found = [expose(seed) for seed in range(total)]
+    pairs = [(normal, normal if abnormal is None else abnormal) for normal, abnormal in found]
+    if file is not None:
+        normal, abnormal = (np.stack(images) for images in zip(*pairs, strict=True))
+        np.savez(file, normal=normal, abnormal=abnormal)
+    return [(*pair, luck(seed)) for seed, pair in enumerate(pairs)]
+
+
+def week(patients: list[Patient], stream: Stream, rng: np.random.Generator) -> dict[str, Any]:
     """Return images and headers of one window."""
     names, shares = zip(*stream.makers, strict=True)
     makers = [str(name) for name in rng.choice(names, len(patients), p=np.array(shares) / sum(shares))]
     images = []
-    for (normal, abnormal), maker in zip(patients, makers, strict=True):
+    for (normal, abnormal, drawn), maker in zip(patients, makers, strict=True):
         gain, blur = _LOOK[maker]
-        image = abnormal if rng.random() < stream.lesions else normal
+        image = abnormal if drawn < stream.lesions else normal
         image = gaussian_filter(gain * stream.gain * image + stream.offset, float(np.hypot(blur, stream.blur)))
         images.append(np.clip(image, 0, 1))
     return {
@@ -120,8 +141,6 @@ class Model:
         self.actor: Reconstructor | None = None
 
     def features(self, images: np.ndarray, start: int) -> Any:
-        from pathlib import Path
-
         if self.actor is None:
             self.actor = Reconstructor(ScoringJob(model_files(Path(self.folder.name)), self.settings))
         count = len(images)
@@ -170,16 +189,15 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=40)
     parser.add_argument("--train-seconds", type=float, default=60.0)
     parser.add_argument("--resamplings", type=int, default=4999)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--patients", type=Path, help="File that keeps the simulated patients for another run.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rules, rng = MonitorConfig(resamplings=arguments.resamplings), np.random.default_rng(0)
-    total = 600 + max(arguments.quiet, 2 * arguments.repeats) * arguments.window
-    with ProcessPoolExecutor(arguments.workers) as pool:
-        patients = list(pool.map(expose, range(total), chunksize=20))
+    total = 450 + max(arguments.quiet, 2 * arguments.repeats) * arguments.window
+    patients = patients_of(total, arguments.patients)
     print(f"{total} patients simulated", flush=True)
     usual = Stream()
-    train, held, rest = patients[:300], patients[300:600], patients[600:]
+    train, held, rest = patients[:150], patients[150:450], patients[450:]
     model = Model(week(train, replace(usual, lesions=0), rng)["images"], arguments.train_seconds)
     model.calibrate(week(held[:150], replace(usual, lesions=0), rng)["images"])
     # Half of the baseline's scores are the calibration's own, out of fold, as in `memmc drift`.

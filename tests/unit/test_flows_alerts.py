@@ -1,0 +1,29 @@
+"""Events of alarms: every alarm has one, and nothing but names, counts and advice is in it."""
+
+from flows.alerts import ALARMS, CALM, PREFIX, events_of
+from memmc.monitoring.watch import TO_DO, Alarm
+
+
+def look(*alarms):
+    found = [vars(alarm) for alarm in alarms]
+    return {"cohort": "cxr", "model": "memmc-cxr/2", "run": "r", "calm": not alarms, "alarms": found, "skipped": ["x"]}
+
+
+def test_flows_and_rules_know_the_same_alarms():
+    assert set(ALARMS) == set(TO_DO)
+
+
+def test_each_alarm_is_an_event_of_its_own():
+    events = events_of(look(Alarm.of("no_data", "80 h"), Alarm.of("drift", "pixels: mean")))
+    assert [name for name, _ in events] == [f"{PREFIX}no_data", f"{PREFIX}drift"]
+    assert events[0][1] == {
+        "cohort": "cxr",
+        "model": "memmc-cxr/2",
+        "run": "r",
+        "found": "80 h",
+        "to_do": TO_DO["no_data"],
+    }
+
+
+def test_a_calm_look_says_so_once():
+    assert events_of(look()) == [(CALM, {"cohort": "cxr", "model": "memmc-cxr/2", "run": "r"})]
