@@ -29,6 +29,7 @@ from memmc.sources.objects import (
     FILE_UNREADABLE,
     STORE_AUTH,
     STORE_TIMEOUT,
+    STORE_TLS,
     FetchFailed,
 )
 
@@ -124,8 +125,9 @@ def get(
         max_bytes: a longer body is given up.
 
     Raises:
-        FetchFailed: STORE_AUTH (401, 403, redirects), STORE_TIMEOUT (unreachable, silent, busy or cut off, several
-            times), FILE_CHANGED_DURING_READ (404, 410), FILE_TOO_LARGE, FILE_UNREADABLE (any other refusal).
+        FetchFailed: STORE_AUTH (401, 403, redirects), STORE_TLS (its certificate), STORE_TIMEOUT (unreachable, silent,
+            busy or cut off, several times), FILE_CHANGED_DURING_READ (404, 410), FILE_TOO_LARGE, FILE_UNREADABLE (any
+            other refusal).
     """
     reason = STORE_TIMEOUT
     for delay in (*RETRY_DELAYS_S, None):
@@ -172,6 +174,8 @@ def ask_bytes(
 _LISTING = {
     STORE_AUTH: "the source refuses access (STORE_AUTH); check source.user and its password or token",
     STORE_TIMEOUT: "the source does not answer (STORE_TIMEOUT); check its address, the network and source.ca_file",
+    STORE_TLS: "the source's certificate is not to be trusted (STORE_TLS): it is another host's, out of date, or of an "
+    "authority that is not known here; check the URI's host name, the server's certificate and source.ca_file",
     FILE_TOO_LARGE: "the source answers more than a listing can be; check that its URI names the right server",
     FILE_UNREADABLE: "the source cannot be listed; check that its URI names the right server, and the server's log",
 }
@@ -194,8 +198,18 @@ def _get_once(access: Access, url: str, max_bytes: int, accept: str, params: Map
                     raise _PassingError(STORE_TIMEOUT)
                 chunks.append(chunk)
             return Answer(b"".join(chunks), answer.headers.get("content-type", ""))
-    except (httpx.HTTPError, httpx.InvalidURL, OSError):
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        if _is_certificate_refused(error):
+            raise FetchFailed(STORE_TLS) from None
         raise _PassingError(STORE_TIMEOUT) from None
+
+
+def _is_certificate_refused(error: BaseException) -> bool:
+    """Return whether an error of the TLS handshake lies behind another: asking again would end alike."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, ssl.SSLCertVerificationError):
+        found = found.__cause__ or found.__context__
+    return found is not None
 
 
 def _check_status(status: int) -> None:

@@ -19,8 +19,9 @@ FILE_ARCHIVE_METHOD = "FILE_ARCHIVE_METHOD"  # a ZIP member compressed otherwise
 FILE_ARCHIVE_DAMAGED = "FILE_ARCHIVE_DAMAGED"  # a ZIP member that overlaps another, or does not inflate to its CRC
 STORE_AUTH = "STORE_AUTH"
 STORE_TIMEOUT = "STORE_TIMEOUT"
+STORE_TLS = "STORE_TLS"  # no certificate to trust: another host's, one of an unknown authority, or one out of date
 
-RETRIABLE = frozenset({FILE_UNREADABLE, FILE_CHANGED_DURING_READ, STORE_AUTH, STORE_TIMEOUT})
+RETRIABLE = frozenset({FILE_UNREADABLE, FILE_CHANGED_DURING_READ, STORE_AUTH, STORE_TIMEOUT, STORE_TLS})
 """Reasons that may pass by themselves; the object stays pending for the next run."""
 
 
