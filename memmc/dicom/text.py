@@ -38,6 +38,11 @@ ALLOWED = frozenset(" ".join((_SIDE, _PROJECTION, _POSTURE, _BREATHING, _TECHNIQ
 _UNIT = r"(?:KVP?|MAS?|MS|CM|MM|IN)"
 _NUMBER = r"[0-9]{1,3}(?:[.,][0-9]{1,2})?"
 _MEASURE = re.compile(rf"\b{_NUMBER}\s*{_UNIT}\b|\b{_UNIT}\s*[:=]?\s*{_NUMBER}\b")  # exposure and distances
+_CLOCK = re.compile(
+    r"(?<![0-9:])(?:(?:[01]?[0-9]|2[0-3])?:[0-5][0-9]:[0-5][0-9]|(?:[01]?[0-9]|2[0-3]):[0-5][0-9])(?![0-9:])"
+)
+"""A time of day, its hour cut off perhaps; of a day that is not named it says nothing of a person."""
+
 _WORD = re.compile(r"[^\W_]+")
 _LEAST_CHARACTERS = 3  # letters and digits; fewer are a mark on a cassette, and say nothing of a person
 _LEAST_CONFIDENCE = 0.6  # mean over the characters
@@ -104,7 +109,8 @@ def _read(line_HW3: NDArray[np.uint8]) -> Line:
 
 def is_suspect(line: Line) -> bool:
     """Tell whether a line is legible and says more than `ALLOWED` does."""
-    words = _WORD.findall(_MEASURE.sub(" ", unicodedata.normalize("NFKC", line.text).upper()))
+    text = unicodedata.normalize("NFKC", line.text).upper()
+    words = _WORD.findall(_CLOCK.sub(" ", _MEASURE.sub(" ", text)))
     others = [word for word in words if not _is_mark(word, line.confidence >= _SURE)]
     weight = sum(_weight(character) for word in others for character in word)
     least = _SHORT_CONFIDENCE if weight <= _SHORT else _LEAST_CONFIDENCE
