@@ -101,6 +101,21 @@ def test_golden_loss_curve() -> None:
     assert last < GOLDEN_LAST + 0.02
 
 
+@pytest.mark.parametrize(("bound", "scaled"), [(1e-3, 20), (1e3, 0)])
+def test_gradients_are_bounded_as_torch_bounds_them(monkeypatch: pytest.MonkeyPatch, bound: float, scaled: int) -> None:
+    """Bit by bit, whether all steps are beyond the bound or none is; those within it are not multiplied by 1."""
+    config, calls = CONFIG.model_copy(update={"clip_grad_norm": bound}), []
+    original = torch.nn.utils.clip_grads_with_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda *args: (calls.append(1), original(*args)))
+    model, outcome = run(config)
+    assert len(calls) == scaled
+    plain = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(loop._Run, "_clip", lambda self: plain(self.model.parameters(), bound))
+    expected, by_torch = run(config)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), expected.parameters(), strict=True))
+    assert outcome.loss == by_torch.loss
+
+
 def test_metrics_and_outcome() -> None:
     logged: list[dict] = []
     _, outcome = run(on_log=logged.append)
