@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from memmc.config import Config, PromoteConfig
-from memmc.errors import DataError, GateRefused, UsageError
+from memmc.errors import DataError, GateRefused, MemmcError, UsageError
 from memmc.evaluation.gates import Gate, passed, refusal
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.tables import Lake
+from memmc.pipeline.canaries import canaries
 from memmc.pipeline.challenge import Case, measure
 from memmc.pipeline.decisions import Decision, Outcome, read, record, take_turn
 from memmc.pipeline.identity import home_directory
@@ -119,6 +120,7 @@ def promote(
         record(config, lake, decision, turn)
         if outcome == "promoted":
             crown(tracking, version)
+            _plant_canaries(config, cohort, case.challenger.ref, progress)
     return PromoteResult(
         model=case.challenger.ref,
         cohort=cohort,
@@ -245,6 +247,14 @@ def _case(config: Config, lake: Lake, tracking: Tracking, cohort: str, reference
         return Case(cohort, challenger, None, f"the champion {champion.ref} knows pixels prepared otherwise")
     newest_calibration(lake, champion)
     return Case(cohort, challenger, champion)
+
+
+def _plant_canaries(config: Config, cohort: str, model: str, progress: Progress) -> None:
+    """Measure what later canaries are compared with; the promotion stands without it."""
+    try:
+        canaries(config, cohort, model, progress=progress)
+    except MemmcError as error:
+        progress.message(f"no canaries were planted at the promotion: {error}")
 
 
 def _calibrations(lake: Lake, case: Case) -> list[str]:
