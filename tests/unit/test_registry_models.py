@@ -1,10 +1,14 @@
 import json
 import math
+import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 
 from memmc.config import TrackingConfig
 from memmc.errors import ConfigError, IntegrityError, ModelError, StorageError
+from memmc.model.artifact import load_model
 from memmc.model.digest import model_digest
 from memmc.registry.models import CHAMPION, all_versions, download, register, resolve
 from memmc.registry.tracking import open_tracking
@@ -112,6 +116,49 @@ def test_only_safetensors_and_json_come_out(tracking, tmp_path):
     with pytest.raises(ModelError, match=r"model\.pkl"):
         download(tracking, version)
     assert not list((tracking.home / "models").iterdir())
+
+
+class Planted:
+    """Unpickled, leaves a mark."""
+
+    def __init__(self, mark) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), "w"))
+
+
+@pytest.mark.parametrize("planted", ["MLmodel", "python_model.pkl", "model.pt", "data/model.json", "loader.py"])
+def test_what_could_run_code_is_never_fetched(tracking, tmp_path, planted):
+    """As somebody with rights on the artifacts would plant it, beside or in place of the weights."""
+    version = registered(tracking, tmp_path, "cxr")
+    stored = next((tracking.home / "mlartifacts").rglob("model.safetensors")).parent
+    mark = tmp_path / "ran"
+    (stored / planted).parent.mkdir(exist_ok=True)
+    if planted == "MLmodel":
+        loader = f"import pathlib; pathlib.Path({str(mark)!r}).touch()"
+        (stored / "code").mkdir()
+        (stored / "code" / "evil_loader.py").write_text(loader)
+        (stored / planted).write_text("flavors:\n  python_function:\n    loader_module: evil_loader\n    code: code\n")
+    else:
+        (stored / planted).write_bytes(pickle.dumps(Planted(mark)))
+    with pytest.raises(ModelError, match="only"):
+        download(tracking, version)
+    assert not mark.exists() and not list((tracking.home / "models").iterdir())
+    pickle.loads(pickle.dumps(Planted(mark))).close()
+    assert mark.exists()  # the plant works where it is unpickled
+
+
+def test_a_pickle_in_the_place_of_the_weights_is_not_unpickled(tracking, tmp_path):
+    mark = tmp_path / "ran"
+    folder = tmp_path / "m"
+    shutil.copytree(Path(__file__).parents[1] / "golden" / "model-format-1" / "head", folder)
+    load_model(folder)
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Planted(mark)))
+    version = register(tracking, tracking.start_run("memmc/cxr", "train"), folder, "memmc-cxr")
+    with pytest.raises(ModelError, match="header"):
+        load_model(download(tracking, version))
+    assert not mark.exists()
 
 
 def test_changed_bytes_are_refused_at_the_source_and_in_the_kept_copy(tracking, tmp_path):
