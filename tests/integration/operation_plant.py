@@ -53,7 +53,11 @@ class RayHead:
             token.write_text(secrets.token_hex(32))
             token.chmod(0o600)
             os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-        self.environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+        self.environment = os.environ | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+        }
         port, dashboard, agent = free_port(), free_port(), free_port()
         self.url = f"http://127.0.0.1:{dashboard}"
         self._sessions = tempfile.mkdtemp(prefix="memmc-")  # a short path, for Ray's sockets
