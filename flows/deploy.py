@@ -17,6 +17,7 @@ from uuid import UUID
 from flows.automations import Resolved, check_automation, resolve_automation
 from flows.deployment_file import OWNED, read_automations, read_deployments
 from flows.desired import Pool, Wanted, desired_deployments, desired_pools
+from flows.facts import active_schedules, differences, facts_found, facts_of_automation, facts_wanted
 from memmc.errors import ConfigError, StorageError, UsageError
 from memmc.pipeline.results import Result
 
@@ -38,7 +39,7 @@ class Change:
         action: create, update or delete.
         what: work pool, deployment or automation.
         name: of it.
-        fields: those that differ, each with what was and what shall be.
+        fields: what was and what shall be, by the path of each value that differs.
     """
 
     action: str
@@ -136,7 +137,7 @@ class _Server:
         """Return what to do about one thing, None when it is as it should be."""
         if now is None:
             return Change("create", what, name)
-        fields = {key: [now.get(key), value] for key, value in wanted.items() if now.get(key) != value}
+        fields = differences({key: now.get(key) for key in wanted}, wanted)
         if not fields:
             self._unchanged += 1
             return None
@@ -185,7 +186,7 @@ class _Server:
 
     def _deployment(self, wanted: Wanted, found: DeploymentResponse | None) -> None:
         change = self._compare(
-            "deployment", wanted.name, None if found is None else _facts(found), _wanted(wanted, found)
+            "deployment", wanted.name, None if found is None else facts_found(found), facts_wanted(wanted, found)
         )
         if change is not None:
             self._change(change, lambda: self._write(wanted, found))
@@ -200,7 +201,7 @@ class _Server:
             flow_id=self._client.create_flow_from_name(wanted.flow),
             name=spec.name,
             version=wanted.version,
-            schedules=wanted.schedules(_active(found)),
+            schedules=wanted.schedules(active_schedules(found)),
             concurrency_limit=None if limit is None else limit.limit,
             concurrency_options=options,
             parameters=spec.parameters,
@@ -231,9 +232,9 @@ class _Server:
         wanted = resolved.wanted
         if wanted is None:
             return
-        facts = _comparable(wanted.model_dump(mode="json"))
+        facts = facts_of_automation(wanted.model_dump(mode="json"))
         change = self._compare(
-            "automation", name, None if found is None else _comparable(found.model_dump(mode="json")), facts
+            "automation", name, None if found is None else facts_of_automation(found.model_dump(mode="json")), facts
         )
         if change is None:
             return
@@ -263,70 +264,3 @@ class _Server:
         if name in there:
             return there[name]
         return UUID(int=0) if self._dry_run else self._client.read_deployment_by_name(name).id
-
-
-def _facts(found: DeploymentResponse) -> dict[str, Any]:
-    """Return what is compared of a deployment on the server."""
-    limit = found.global_concurrency_limit
-    options = found.concurrency_options
-    return {
-        "version": found.version,
-        "description": found.description,
-        "entrypoint": found.entrypoint,
-        "tags": sorted(found.tags),
-        "parameters": found.parameters,
-        "parameter_schema": found.parameter_openapi_schema,
-        "work_pool": found.work_pool_name,
-        "job_variables": found.job_variables,
-        "pull_steps": found.pull_steps or [],
-        "enforced": found.enforce_parameter_schema,
-        "paused": found.paused,
-        "concurrency": None if limit is None else {"limit": limit.limit} | _set(options),
-        "schedules": {
-            str(each.slug): each.schedule.model_dump(mode="json", exclude_none=True)
-            | {"parameters": each.parameters, "active": each.active}
-            for each in found.schedules
-        },
-    }
-
-
-def _wanted(wanted: Wanted, found: DeploymentResponse | None) -> dict[str, Any]:
-    """Return what is compared of a deployment of the file."""
-    spec, limit = wanted.spec, wanted.spec.concurrency_limit
-    return {
-        "version": wanted.version,
-        "description": spec.description,
-        "entrypoint": spec.entrypoint,
-        "tags": sorted(spec.tags),
-        "parameters": spec.parameters,
-        "parameter_schema": wanted.parameter_schema,
-        "work_pool": spec.work_pool.name,
-        "job_variables": spec.work_pool.job_variables,
-        "pull_steps": [],
-        "enforced": True,
-        "paused": spec.paused if spec.paused is not None else found is not None and found.paused,
-        "concurrency": None if limit is None else limit.model_dump(mode="json", exclude_none=True),
-        "schedules": {
-            str(each.slug): each.schedule.model_dump(mode="json", exclude_none=True)
-            | {"parameters": each.parameters, "active": each.active}
-            for each in wanted.schedules(_active(found))
-        },
-    }
-
-
-def _active(found: DeploymentResponse | None) -> dict[str, bool]:
-    return {} if found is None else {str(each.slug): each.active for each in found.schedules}
-
-
-def _set(options: Any) -> dict[str, Any]:
-    return {} if options is None else options.model_dump(mode="json", exclude_none=True)
-
-
-def _comparable(automation: dict[str, Any]) -> dict[str, Any]:
-    """Return an automation without what the server adds to it."""
-    kept = {key: value for key, value in automation.items() if key in {"name", "description", "enabled", "tags"}}
-    trigger = {key: value for key, value in automation["trigger"].items() if key != "id"}
-    for key in ("after", "expect", "for_each"):
-        if isinstance(trigger.get(key), list):
-            trigger[key] = sorted(trigger[key])
-    return kept | {"trigger": trigger, **{key: automation[key] for key in automation if key.startswith("actions")}}

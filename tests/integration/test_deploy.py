@@ -170,7 +170,7 @@ def test_a_pause_made_by_a_person_stays(site):
     assert not site.deployments()["ingest/arrivals"]["schedules"][0]["active"]
     site.edit("prefect.yaml", lambda content: content["deployments"][0]["schedules"][0].__setitem__("active", True))
     (change,) = site.deploy()["changes"]
-    assert list(change["fields"]) == ["schedules"]
+    assert change["fields"] == {"schedules.every-quarter.active": [False, True]}
     assert site.deployments()["ingest/arrivals"]["schedules"][0]["active"]
 
 
