@@ -31,7 +31,7 @@ _TRAIN = (
 )
 _INGEST = (
     "import sys; from memmc.config import load_config; from memmc.pipeline.ingest import ingest;"
-    "config = load_config(overrides=['lake.uri=killed', 'ingest.objects_per_task=16']);"
+    "config = load_config(overrides=['lake.uri=killed', 'ingest.objects_per_task=16', *sys.argv[2:]]);"
     "ingest(config, sys.argv[1], 'cxr', label='normal')"
 )
 
@@ -45,9 +45,11 @@ def _tree(pid: int) -> list[psutil.Process]:
     return [*process.children(recursive=True), process]
 
 
-def test_an_ingest_killed_half_way_leaves_no_trace_and_the_next_completes(inside):
+@pytest.mark.parametrize("ingest_from", [10_000, 0], ids=["its own processes", "a cluster"])
+def test_an_ingest_killed_half_way_leaves_no_trace_and_the_next_completes(inside, ingest_from):
     """Kill -9 of the driver and all its workers once shards exist, before the commit."""
-    command = [sys.executable, "-c", _INGEST, str(inside.hospital.dicom_dir)]
+    shutil.rmtree("killed", ignore_errors=True)
+    command = [sys.executable, "-c", _INGEST, str(inside.hospital.dicom_dir), f"ray.ingest_from={ingest_from}"]
     victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 180
     while not _shards(Path("killed")) and time.monotonic() < deadline:
