@@ -64,12 +64,12 @@ def run_job(ray: RayConfig, name: str, arguments: Sequence[str], kind: type[R], 
         ConfigError: it refuses the token.
     """
     client = _Client(ray)
-    job = _join(client, ray, name, arguments, progress)
     try:
+        job = _join(client, ray, name, arguments, progress)
         status = _follow(client, job, progress)
     except BaseException as left:
         if not isinstance(left, Exception):
-            client.stop(job)
+            client.stop_all(f"{name}-")
         raise
     return _outcome(client.log(job), status, job, kind)
 
@@ -81,8 +81,7 @@ def stop_jobs(ray: RayConfig, prefix: str) -> int:
         StorageError: the Jobs API cannot be reached.
         ConfigError: it refuses the token.
     """
-    client = _Client(ray)
-    return sum(client.stop(job) for job in client.jobs() if job.startswith(prefix))
+    return _Client(ray).stop_all(prefix)
 
 
 def _join(client: _Client, ray: RayConfig, name: str, arguments: Sequence[str], progress: Progress) -> str:
@@ -193,12 +192,9 @@ class _Client:
         except _UnknownJobError:
             return None
 
-    def stop(self, job: str) -> bool:
-        """Have a job stopped; say whether it was under way."""
-        try:
-            return bool(self._ask(self.ray.stop_job, job))
-        except _UnknownJobError:
-            return False
+    def stop_all(self, prefix: str) -> int:
+        """Have the jobs stopped whose names begin so; return how many were under way."""
+        return sum(bool(self._ask(self.ray.stop_job, job)) for job in self.jobs() if job.startswith(prefix))
 
     def jobs(self) -> list[str]:
         """Return the names of all jobs."""

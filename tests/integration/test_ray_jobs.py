@@ -1,7 +1,6 @@
 """Jobs on a real Ray cluster through its Jobs API; the command is a few lines long, so that each ending can be had."""
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -9,8 +8,9 @@ import time
 
 import pytest
 
+from flows.deadline import time_limit
 from memmc.config import RayConfig
-from memmc.errors import DataError, MemmcError, StorageError
+from memmc.errors import DataError, DeadlineError, MemmcError, StorageError
 from memmc.pipeline.cluster_job import _Client, run_job, stop_jobs
 from memmc.pipeline.results import ReportResult
 
@@ -49,10 +49,6 @@ class Listener:
         self.heard.append(("message", text))
 
 
-class LeftError(BaseException):
-    """What a signal raises in a flow's process."""
-
-
 @pytest.fixture
 def ray(ray_head, tmp_path):
     command = tmp_path / "command"
@@ -85,22 +81,14 @@ def test_errors_come_back_by_name_and_a_failed_job_is_followed_by_another(ray):
     assert CANARY not in str(caught.value)
 
 
-def test_a_job_is_stopped_by_whoever_leaves_it_or_knows_its_name(ray):
-    def leave(*_):
-        raise LeftError
-
+def test_a_job_is_stopped_at_its_deadline_and_by_whoever_knows_its_name(ray):
     def end():
-        time.sleep(8)
-        ended.append(stop_jobs(ray, "memmc-e-"))
+        while not ended:
+            time.sleep(2)
+            ended.extend([1] * stop_jobs(ray, "memmc-e-"))
 
-    before = signal.signal(signal.SIGALRM, leave)
-    signal.alarm(8)
-    try:
-        with pytest.raises(LeftError):
-            run_job(ray, "memmc-d-report", ["forever"], ReportResult, Listener())
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(DeadlineError), time_limit(15 / 60):
+        run_job(ray, "memmc-d-report", ["forever"], ReportResult, Listener())
     _await_stopped(ray, "memmc-d-report-1")
 
     ended = []
