@@ -4,7 +4,7 @@
 
 All listen on loopback and ask for a password, or Ray for a token, made at the first start. State lies under
 .memmc/stack. Ports: MEMMC_STACK_PREFECT_PORT (4200), MEMMC_STACK_MLFLOW_PORT (5000), MEMMC_STACK_RAY_PORT (6379),
-MEMMC_STACK_DASHBOARD_PORT (8265). `up` on a stack that is up starts what is missing.
+MEMMC_STACK_DASHBOARD_PORT (8265), MEMMC_STACK_AGENT_PORT (52365 and the next). `up` on a stack that is up starts what is missing.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Stack:
             "mlflow": port_of("MLFLOW", 5000),
             "ray": port_of("RAY", 6379),
             "dashboard": port_of("DASHBOARD", 8265),
+            "agent": port_of("AGENT", 52365),  # and the next one, for the second node
         }
 
     def url(self, name: str, path: str = "") -> str:
@@ -147,8 +148,9 @@ class Stack:
         command = python(
             *("ray.scripts.scripts", "start", *arguments, "--block", "--disable-usage-stats", "--num-cpus=3"),
             *(f"--node-ip-address={HOST}", f"--object-store-memory={1 << 29}"),
+            f"--dashboard-agent-listen-port={self.ports['agent'] + nodes - 1}",  # Ray's own is the same for every node
         )
-        ports = {each: self.ports[each] for each in ("ray", "dashboard")} if nodes == 1 else {}
+        ports = {each: self.ports[each] for each in ("ray", "dashboard", "agent")} if nodes == 1 else {}
         return Service(name, command, self._base | self._cluster_environment, lambda: self._nodes() >= nodes, ports)
 
     def _worker(self) -> Service:
