@@ -158,7 +158,7 @@ def real_size(data: Path) -> None:
     held = sum(result.reason == "DEID_TEXT_DETECTED" for result in read)
     print(
         f"2048 px: {read_s * 1e3:.1f} ms an image, {plain_s * 1e3:.1f} without: {read_s / plain_s:.1f} times; "
-        f"{held} of {len(files)} held (times, exposure data and initials are among them)"
+        f"{held} of {len(files)} held (films with initials or numbers are among them)"
     )
 
 
