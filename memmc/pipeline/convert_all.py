@@ -2,7 +2,7 @@
 
 Decoders run in children anyway, so a thread per core that feeds one keeps a
 machine busy. A cluster takes several seconds to start, which only a large plan
-repays, or other machines (infra/adr/0013-small-ingests-start-no-cluster.md).
+repays, or other machines (infra/adr/0014-small-ingests-start-no-cluster.md).
 """
 
 from __future__ import annotations
