@@ -4,7 +4,8 @@
 
 All listen on loopback and ask for a password, or Ray for a token, made at the first start. State lies under
 .memmc/stack. Ports: MEMMC_STACK_PREFECT_PORT (4200), MEMMC_STACK_MLFLOW_PORT (5000), MEMMC_STACK_RAY_PORT (6379),
-MEMMC_STACK_DASHBOARD_PORT (8265), MEMMC_STACK_AGENT_PORT (52365 and the next). `up` on a stack that is up starts what is missing.
+MEMMC_STACK_DASHBOARD_PORT (8265), MEMMC_STACK_AGENT_PORT (52365 and the next). `up` on a stack that
+is up starts what is missing.
 """
 
 from __future__ import annotations

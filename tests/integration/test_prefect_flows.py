@@ -76,6 +76,7 @@ def client(home):
 def no_waiting(home, monkeypatch):
     from flows import ingest, score
 
+    monkeypatch.chdir(home.parent)  # what a run shows is read from MLflow's file there
     monkeypatch.setattr(ingest, "ingest_objects", ingest.ingest_objects.with_options(retry_delay_seconds=[0, 0]))
     monkeypatch.setattr(score, "score_instances", score.score_instances.with_options(retry_delay_seconds=[0, 0]))
 
@@ -144,7 +145,7 @@ def test_ingest_runs_as_a_flow_with_its_account_shown(home, client, monkeypatch)
     assert ("stage", "convert", 10) in listener.heard
     assert ("message", "10 objects listed, 9 new") in listener.heard
     run = newest_run(client)
-    assert re.fullmatch(r"ingest-cxr-\d{8}-\d{4}", run.name)
+    assert re.fullmatch(r"ingest-cxr-v3-\d{8}-\d{4}", run.name)
     assert run.state.is_completed()
     assert run.parameters["config"] == {"score": {"passes": 8}, "lake": {"uri": "/data/lake"}}
     assert (run.parameters["source"], run.parameters["labels_file"]) == ("a local path", "a local path")
