@@ -211,7 +211,12 @@ def _png(pixels: NDArray[np.uint8]) -> str:
 
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return png_uri(buffer.getvalue())
+
+
+def png_uri(png: bytes) -> str:
+    """Return a PNG as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _chart(width: float, height: float) -> tuple[Figure, Axes]:

@@ -74,7 +74,14 @@ def render_report(data: ReportData) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=_percent, number=_number, pvalue=_p_value, duration=_duration, span=_span, count=_count, score=_score
+        percent=_percent,
+        number=_number,
+        pvalue=_p_value,
+        duration=_duration,
+        span=_span,
+        count=_count,
+        score=_score,
+        png=figures.png_uri,
     )
     return environment.get_template("report.html.j2").render(
         data=data,

@@ -93,6 +93,27 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Reason:
+    """Why a scan was flagged.
+
+    Attributes:
+        case_id: pseudonymous id, as stored.
+        picture: PNG of `memmc explain`.
+        p_value: of the scan.
+        region_p_value: of its highest region; None where the map shows none.
+        shares: the largest parts of the score, by scale, and their shares.
+        nearest: cosine likeness of the most similar patch of a training normal.
+    """
+
+    case_id: str
+    picture: bytes
+    p_value: float
+    region_p_value: float | None
+    shares: tuple[tuple[str, float], ...]
+    nearest: float
+
+
+@dataclass(frozen=True)
 class CaseSelection:
     """Row numbers of the images worth showing, each list in the order of the page."""
 
@@ -258,6 +279,7 @@ class ReportData:
         sensitivities: at fixed specificities.
         rates: promised and observed false-positive rates.
         not_scored: instances without a score, by reason code.
+        reasons: of the highest flagged scans.
     """
 
     cohort: str
@@ -276,6 +298,7 @@ class ReportData:
     sensitivities: tuple[SensitivityAt, ...] = ()
     rates: tuple[RatePoint, ...] = ()
     not_scored: Mapping[str, int] = field(default_factory=dict[str, int])
+    reasons: tuple[Reason, ...] = ()
     most_abnormal: tuple[Case, ...] = ()
     calmest_normals: tuple[Case, ...] = ()
     typical_normals: tuple[Case, ...] = ()

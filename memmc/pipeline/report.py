@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from memmc.evaluation.report_data import (
     Case,
     IngestCount,
     Provenance,
+    Reason,
     ReportData,
     TrainingCurve,
     select_cases,
@@ -31,7 +33,9 @@ from memmc.pipeline.models import OpenModel, open_model, tracking_of
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import EvaluationResult, ReportResult
 from memmc.pipeline.select import newest_calibration, score_rows
+from memmc.pipeline.why import Explainer
 
+_EXPLAINED, _PARTS = 3, 2
 _GALLERIES = ("most_abnormal", "calmest_normals", "typical_normals", "missed_abnormals", "flagged_normals")
 
 
@@ -78,6 +82,7 @@ def report_and_evaluation(
     except DataError:  # nothing labelled to measure on; what else is missing, _gather names
         assessment = None
     data = _gather(config, lake, opened, cohort, assessment)
+    data = replace(data, reasons=_reasons(config, lake, opened, cohort, data.most_abnormal, progress))
     progress.stage("report")
     name = f"reports/{cohort}-{opened.ref.replace('/', '-v')}.html"
     page = render_report(data)
@@ -123,6 +128,7 @@ def _gather(config: Config, lake: Lake, model: OpenModel, cohort: str, assessmen
         sensitivities=assessment.sensitivities if assessment else (),
         rates=assessment.rates if assessment else (),
         not_scored=dict(Counter(reasons).most_common()),
+        reasons=(),
         **_galleries(lake, model, cohort, calibration["calibration_id"], rows, assessment),
         ingest=_account(lake, cohort),
         memory=memory_health(config, lake, model, cohort, assessment.rows if assessment else ()),
@@ -163,6 +169,31 @@ def _galleries(
         for number, image, anomaly_map in zip(numbers, images, maps, strict=True)
     }
     return {gallery: tuple(cases[number] for number in getattr(chosen, gallery)) for gallery in _GALLERIES}
+
+
+def _reasons(
+    config: Config, lake: Lake, model: OpenModel, cohort: str, cases: tuple[Case, ...], progress: Progress
+) -> tuple[Reason, ...]:
+    """Explain the highest of the flagged; nothing where the training normals are no longer there to compare with."""
+    flagged = [case for case in cases if case.is_abnormal][:_EXPLAINED]
+    if not flagged:
+        return ()
+    try:
+        explainer = Explainer.open(config, lake, model, progress)
+    except IntegrityError:
+        raise
+    except DataError:
+        return ()
+    reasons: list[Reason] = []
+    for case in flagged:
+        found = explainer.explain(cohort, case.case_id)
+        result, picture = found.result, explainer.picture(found)
+        largest = sorted(result.scales, key=lambda item: -item["share"])[:_PARTS]
+        region = None if result.region is None else result.region["p_value"]
+        parts = tuple((item["part"], item["share"]) for item in largest)
+        nearest = result.nearest[0]["similarity"]
+        reasons.append(Reason(case.case_id, picture, case.p_value, region, parts, nearest))
+    return tuple(reasons)
 
 
 def _account(lake: Lake, cohort: str) -> tuple[IngestCount, ...]:
