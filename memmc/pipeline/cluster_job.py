@@ -84,6 +84,16 @@ def stop_jobs(ray: RayConfig, prefix: str) -> int:
     return _Client(ray).stop_all(prefix)
 
 
+def count_jobs(ray: RayConfig) -> int:
+    """Return how many jobs the cluster knows, and so that it answers and takes the token.
+
+    Raises:
+        StorageError: the Jobs API cannot be reached.
+        ConfigError: it refuses the token.
+    """
+    return len(_Client(ray).jobs())
+
+
 def _join(client: _Client, ray: RayConfig, name: str, arguments: Sequence[str], progress: Progress) -> str:
     """Return the job of this name that is to be followed; submit one where there is none."""
     for number in range(1, _TRIES + 1):

@@ -16,6 +16,7 @@ from packaging.version import Version
 from memmc.config import Config
 from memmc.errors import MemmcError
 from memmc.pipeline.cluster import ray_cluster
+from memmc.pipeline.cluster_job import count_jobs, takes_jobs
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.prefect_server import look_at_server
 from memmc.pipeline.progress import Progress, Silent
@@ -142,6 +143,8 @@ def look_at_source(config: Config, source: str) -> Finding:
 
 
 def _ray(config: Config) -> Finding:
+    if takes_jobs(config.ray):
+        return f"the Jobs API answers; it knows {count_jobs(config.ray)} jobs", ""
     with ray_cluster(config, home_directory()) as ray:
         cpus = int(ray.cluster_resources().get("CPU", 0))
         answered = ray.get(ray.remote(num_cpus=1)(platform.node).remote())

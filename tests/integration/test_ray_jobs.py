@@ -11,7 +11,7 @@ import pytest
 from flows.deadline import time_limit
 from memmc.config import RayConfig
 from memmc.errors import DataError, DeadlineError, MemmcError, StorageError
-from memmc.pipeline.cluster_job import _Client, run_job, stop_jobs
+from memmc.pipeline.cluster_job import _Client, count_jobs, run_job, stop_jobs
 from memmc.pipeline.results import ReportResult
 
 pytestmark = pytest.mark.slow
@@ -68,6 +68,7 @@ def test_a_job_is_followed_joined_and_heard_and_nothing_else_leaves_it(ray, tmp_
     assert CANARY in _Client(ray).log("memmc-a-report-1")
     assert run_job(ray, "memmc-a-report", ["succeed"], ReportResult, listener) == first
     assert _jobs(ray, "memmc-a-") == ["memmc-a-report-1"]
+    assert count_jobs(ray) >= 1
     assert CANARY not in str(listener.heard)
 
 
