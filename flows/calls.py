@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from flows.naming import TAG, check_cohort
 from flows.progress import Both, PrefectProgress
 from memmc.config import Config, load_config
 from memmc.errors import IdentityKeyError, MemmcError, StorageError, UsageError
+from memmc.pipeline.audit import acting
 from memmc.pipeline.custody import adopt, holding
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.results import Result
@@ -137,7 +138,8 @@ def run_step(key: str, config: Overrides | None, step: Callable[[Config, Progres
         adopt(os.environ)
         secret = resolved.deid.key_secret
         held = nullcontext() if secret is None else holding(secret_value(secret))
-        with time_limit(resolved.operate.deadline_minutes), held, PrefectProgress(key) as shown:
+        limit = time_limit(resolved.operate.deadline_minutes)
+        with limit, held, _acting_as_deployment(), PrefectProgress(key) as shown:
             result = step(resolved, Both(caller.progress, shown) if caller else shown)
         if caller:
             caller.error = None  # an earlier try's
@@ -148,6 +150,21 @@ def run_step(key: str, config: Overrides | None, step: Callable[[Config, Progres
         failure = _shareable(error)
     # Raised here and not above, so that no traceback in Prefect's log leads to the original.
     raise failure
+
+
+def _acting_as_deployment() -> AbstractContextManager[None]:
+    """Let the audit trail name the deployment that runs; nothing is asked of a server where none does."""
+    if not os.environ.get("PREFECT__FLOW_RUN_ID"):  # set in the processes that workers start
+        return nullcontext()
+    import httpx
+    from prefect.exceptions import PrefectException
+    from prefect.runtime import deployment
+
+    try:
+        name = deployment.name
+    except (httpx.HTTPError, PrefectException, OSError):  # a server that restarts is no reason to end a step
+        name = None
+    return acting(str(name), "deployment") if name else nullcontext()
 
 
 def secret_value(block: str) -> str:

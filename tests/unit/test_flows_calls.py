@@ -1,14 +1,25 @@
+import getpass
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.calls import config_of, given_place, is_transient, overrides_of, place_shown, refuse_credentials
+from flows.calls import (
+    _acting_as_deployment,
+    config_of,
+    given_place,
+    is_transient,
+    overrides_of,
+    place_shown,
+    refuse_credentials,
+)
 from flows.naming import artifact_key
 from flows.summary import as_markdown
 from memmc.config import Config, load_config
 from memmc.errors import ConfigError, DataError, StorageError, UsageError
+from memmc.lake.audit import record_name
+from memmc.pipeline.audit import note
 
 
 @pytest.mark.parametrize(
@@ -115,3 +126,15 @@ def test_artifact_keys_have_prefects_alphabet(cohort):
 def test_markdown_flattens_and_escapes():
     text = as_markdown("T", {"a": 0.123456, "b": {"c": "x|y"}, "d": None})
     assert text.splitlines() == ["## T", "", "| | |", "|---|---|", "| a | 0.1235 |", "| b.c | x\\|y |"]
+
+
+def test_the_audit_trail_names_the_deployment_that_runs(tmp_path, monkeypatch):
+    config = load_config(overrides=[f"lake.uri={tmp_path / 'lake'}"])
+    monkeypatch.delenv("MEMMC_ACTOR", raising=False)
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__NAME", "ingest-nightly")
+    for run, actor, basis in (("", getpass.getuser(), "os-user"), ("a-run", "ingest-nightly", "deployment")):
+        monkeypatch.setenv("PREFECT__FLOW_RUN_ID", run)
+        with _acting_as_deployment():
+            head = note(config, "ingest")
+        record = json.loads((tmp_path / "lake" / record_name(head.sequence)).read_text())
+        assert (record["actor"], record["actor_basis"], record["actor_verified_by"]) == (actor, basis, None)
