@@ -6,21 +6,23 @@ The lake is copied first and stays as it is; the working directory holds the mod
 one copy gives the reference and the time a run takes. On another copy `--runs` processes score at once, on one Ray
 cluster; each kill hits, at a random moment, one of them (SIGKILL), or one of the cluster's workers, and the process is
 started again, until the kills are used up. Then the runs may end. Exit status 1 when a figure is not as it should be.
+Processes are forked from one that has imported everything, so that kills strike scoring and not imports.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -28,6 +30,8 @@ import psutil
 from memmc.config import load_config
 from memmc.lake.tables import Lake
 from memmc.pipeline.cluster import ray_cluster
+from memmc.pipeline.quality import kept_from_scores
+from memmc.pipeline.score import score
 
 SETTINGS = ("score.rows_per_shard=16", "score.commit_seconds=0.1", "score.batch_size=8", "score.num_actors=1")
 WORKER_SHARE = 0.3  # of the kills
@@ -39,21 +43,24 @@ _RUN_S = 900.0
 class Runner:
     """One scoring process, started anew whenever it was killed."""
 
-    command: list[str]
-    process: subprocess.Popen[bytes] | None = None
-    begun: float = 0.0
+    call: tuple[Path, str, str | None, str]
+    process: Any = None
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        self.begun = time.monotonic()
+        self.process = multiprocessing.get_context("forkserver").Process(target=score_once, args=self.call)
+        self.process.start()
 
     def running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        return self.process is not None and self.process.is_alive()
 
     def kill(self) -> None:
-        assert self.process is not None
         self.process.kill()
-        self.process.wait()
+        self.process.join()
+
+    def end(self) -> bool:
+        """Wait for the process; return whether it ended well."""
+        self.process.join(_RUN_S)
+        return self.process.exitcode == 0
 
 
 def scores_of(lake: Lake, cohort: str) -> list[tuple[str, float]]:
@@ -63,11 +70,10 @@ def scores_of(lake: Lake, cohort: str) -> list[tuple[str, float]]:
     return [(r["sop_instance_uid"], r["anomaly_score"]) for r in rows.to_pylist() if r["not_scored"] is None]
 
 
-def command(lake: Path, cohort: str, model: str | None, address: str) -> list[str]:
-    named = [] if model is None else ["--model", model]
-    chosen = [item for setting in (*SETTINGS, f"ray.address={address}") for item in ("--set", setting)]
-    memmc = str(Path(sys.executable).with_name("memmc"))
-    return [memmc, "score", "--lake", str(lake), "--cohort", cohort, "--json", *named, *chosen]
+def score_once(lake: Path, cohort: str, model: str | None, address: str) -> None:
+    """Score as the verb does, on a cluster that is there."""
+    settings = (*SETTINGS, f"ray.address={address}", f"lake.uri={lake}")
+    score(load_config(env=os.environ, overrides=settings), cohort, model)
 
 
 def kill_worker(rng: random.Random) -> bool:
@@ -94,7 +100,7 @@ def disturb(runners: list[Runner], kills: int, span: float, rng: random.Random) 
     while count["processes"] + count["workers"] < kills:
         for runner in runners:
             if not runner.running():
-                count["finished"] += runner.process is not None and runner.process.returncode == 0
+                count["finished"] += runner.process is not None and runner.process.exitcode == 0
                 runner.start()
         time.sleep(rng.uniform(0.0, 0.75 * span))  # some live to commit
         if rng.random() < WORKER_SHARE and kill_worker(rng):
@@ -104,6 +110,7 @@ def disturb(runners: list[Runner], kills: int, span: float, rng: random.Random) 
         if running:
             rng.choice(running).kill()
             count["processes"] += 1
+        print(f"kills: {count}", file=sys.stderr, flush=True)
     return count
 
 
@@ -112,14 +119,7 @@ def finish(runners: list[Runner]) -> int:
     for runner in runners:
         if not runner.running():
             runner.start()
-    failed = 0
-    for runner in runners:
-        assert runner.process is not None
-        _, text = runner.process.communicate(timeout=_RUN_S)
-        if runner.process.returncode:
-            print(text.decode()[-500:], file=sys.stderr)
-            failed += 1
-    return failed
+    return sum(not runner.end() for runner in runners)
 
 
 def main() -> int:
@@ -132,6 +132,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, began = random.Random(args.seed), time.monotonic()
+    multiprocessing.set_forkserver_preload(["memmc.pipeline.score", "memmc.scoring.bulk", "ray.data", "mlflow"])
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         lakes = {name: Path(folder, name) for name in ("reference", "disturbed")}
         for copy in lakes.values():
@@ -139,24 +140,27 @@ def main() -> int:
         with ray_cluster(load_config(env=os.environ), Path.cwd() / ".memmc", training=False) as ray:
             address = ray.get_runtime_context().gcs_address
             started = time.monotonic()
-            alone = command(lakes["reference"], args.cohort, args.model, address)
-            done = subprocess.run(alone, capture_output=True, check=False)
-            if done.returncode:
-                print(done.stderr.decode()[-2000:], file=sys.stderr)
+            alone = Runner((lakes["reference"], args.cohort, args.model, address))
+            alone.start()
+            if not alone.end():
                 return 1
-            account = json.loads(done.stdout.splitlines()[-1])
             span = time.monotonic() - started
-            runners = [Runner(command(lakes["disturbed"], args.cohort, args.model, address)) for _ in range(args.runs)]
+            runners = [Runner((lakes["disturbed"], args.cohort, args.model, address)) for _ in range(args.runs)]
             kills = disturb(runners, args.kills, span, rng)
             partly = len(scores_of(Lake(lakes["disturbed"]), args.cohort))
             failed = finish(runners)
         reference = dict(scores_of(Lake(lakes["reference"]), args.cohort))
+        where = {"cohort": args.cohort, "outcome": "stored"}
+        stored = Lake(lakes["reference"]).read("instances", ["sop_instance_uid"], filter=where)
+        instances = set(stored["sop_instance_uid"].to_pylist()) - set(
+            kept_from_scores(Lake(lakes["reference"]), args.cohort)
+        )
         rows = scores_of(Lake(lakes["disturbed"]), args.cohort)
         commits = Lake(lakes["disturbed"]).version("scores")
     known = [(uid, value) for uid, value in rows if uid in reference]
     differ = [abs(value - reference[uid]) > TOLERANCE * max(1.0, abs(reference[uid])) for uid, value in known]
     result = {
-        "instances": account["instances"],
+        "instances": len(instances),
         "rows": len(rows),
         "duplicates": len(rows) - len({uid for uid, _ in rows}),
         "differing": int(np.sum(differ)),

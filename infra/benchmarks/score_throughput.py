@@ -154,20 +154,23 @@ def private_bytes(process: psutil.Process) -> int:
 def run(command: list[str]) -> dict[str, Any]:
     """Run a scoring process; return what it said, how long it took and what memory its tree took."""
     began = time.time()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     peaks = {"driver": 0, "child": 0, "all": 0}
-    while process.poll() is None:
-        try:
-            children = psutil.Process(process.pid).children(recursive=True)
-        except psutil.Error:
-            break
-        own, theirs = private_bytes(psutil.Process(process.pid)), [private_bytes(item) for item in children]
-        found = {"driver": own, "child": max(theirs, default=0), "all": own + sum(theirs)}
-        peaks = {name: max(value, found[name]) for name, value in peaks.items()}
-        time.sleep(SAMPLE_S)
-    text, _ = process.communicate()
-    if process.returncode:
-        raise SystemExit("the scoring process failed; run `memmc score` on the lake to see why")
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        while process.poll() is None:
+            try:
+                children = psutil.Process(process.pid).children(recursive=True)
+                own = private_bytes(psutil.Process(process.pid))
+            except psutil.Error:
+                break
+            theirs = [private_bytes(item) for item in children]
+            found = {"driver": own, "child": max(theirs, default=0), "all": own + sum(theirs)}
+            peaks = {name: max(value, found[name]) for name, value in peaks.items()}
+            time.sleep(SAMPLE_S)
+        text, _ = process.communicate()
+        errors.seek(0)
+        if process.returncode:
+            raise SystemExit(errors.read().decode()[-2000:])
     return {**json.loads(text.splitlines()[-1]), "began": began, "ended": time.time(), "peaks": peaks}
 
 
