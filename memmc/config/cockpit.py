@@ -15,4 +15,4 @@ class CockpitConfig(Section):
         description="Show the most abnormal scans of a batch, with their heat maps, in the Prefect server. Off by "
         "default: the server has one password for all, and an erasure does not reach what it keeps.",
     )
-    scans: int = Field(default=8, ge=1, le=16, description="Scans of a batch that are shown, the most abnormal first.")
+    scans: int = Field(default=9, ge=1, le=18, description="Scans of a batch that are shown, the most abnormal first.")
