@@ -7,6 +7,7 @@ from typing import Any
 from prefect import flow, pause_flow_run, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 
 from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, config_in_force, is_transient, run_step
@@ -88,7 +89,12 @@ def ask(cohort: str, challenger: str, config: Overrides | None) -> Approval:
         f"**{challenger}** has passed the gates for cohort {cohort}: see this run's artifacts. May it be the champion?"
     )
     hours = config_in_force(config).promote.approval_hours
-    return pause_flow_run(wait_for_input=Approval.with_initial_data(description=text), timeout=round(hours * 3600))
+    try:
+        return pause_flow_run(wait_for_input=Approval.with_initial_data(description=text), timeout=round(hours * 3600))
+    except FlowPauseTimeout:
+        raise GateRefused(
+            f"nobody has answered for {hours:g} h; {challenger} still waits: promote --cohort {cohort} --approve NAME"
+        ) from None
 
 
 @task(name="decide-retraining", **_ON_STORAGE)
