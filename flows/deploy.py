@@ -19,6 +19,7 @@ from flows.deployment_file import OWNED, read_automations, read_deployments
 from flows.desired import Pool, Wanted, desired_deployments, desired_pools
 from flows.facts import active_schedules, differences, facts_found, facts_of_automation, facts_wanted
 from memmc.errors import ConfigError, StorageError, UsageError
+from memmc.pipeline.prefect_server import look_at_server
 from memmc.pipeline.results import Result
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def deploy(file: Path, *, pool: str | None = None, dry_run: bool = False, work_d
 
     Raises:
         ConfigError: something in the files is not known, or out of range; nothing was changed.
-        UsageError: no server is named, or a parameter would show what it must not.
+        UsageError: no server is named, it has more workers than its database bears, or a parameter would show what it
+            must not.
         StorageError: the server cannot be reached, or refused a change.
     """
     if not os.environ.get("PREFECT_API_URL"):
@@ -84,6 +86,8 @@ def deploy(file: Path, *, pool: str | None = None, dry_run: bool = False, work_d
     for automation in automations:
         check_automation(automation)
         _check_deployments(automation, deployments)
+    if fix := look_at_server(os.environ["PREFECT_API_URL"], os.environ).fix():
+        raise UsageError(fix)
     from httpx import HTTPError
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectException

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,7 @@ def look_at_server(url: str, env: Mapping[str, str]) -> PrefectServer:
     try:
         with httpx.Client(base_url=url.rstrip("/"), headers=_authorisation(env), timeout=_TIMEOUT_S) as client:
             settings = _answer(client.get("/admin/settings"))
+            client.headers.update(_against_forgery(client))
             pools = [pool["name"] for pool in _answer(client.post("/work_pools/filter", json={}))]
             workers = [
                 worker
@@ -59,7 +61,7 @@ def look_at_server(url: str, env: Mapping[str, str]) -> PrefectServer:
                 for worker in _answer(client.post(f"/work_pools/{pool}/workers/filter", json={}))
                 if worker.get("status") == "ONLINE"
             ]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
         raise StorageError(
             f"the Prefect server does not answer ({type(error).__name__}); check PREFECT_API_URL, its credentials and "
             "that it runs"
@@ -74,6 +76,15 @@ def _authorisation(env: Mapping[str, str]) -> dict[str, str]:
     if key := env.get("PREFECT_API_KEY"):
         return {"Authorization": f"Bearer {key}"}
     return {}
+
+
+def _against_forgery(client: httpx.Client) -> dict[str, str]:
+    """Return the headers that a server with `csrf_protection_enabled` wants of each POST; others give none."""
+    name = str(uuid.uuid4())
+    response = client.get("/csrf-token", params={"client": name})
+    if response.status_code != httpx.codes.OK:
+        return {}
+    return {"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": response.json()["token"]}
 
 
 def _answer(response: httpx.Response) -> Any:

@@ -23,7 +23,7 @@ class Answers(BaseHTTPRequestHandler):
     workers: ClassVar = [{"name": "a", "status": "ONLINE"}, {"name": "b", "status": "OFFLINE"}]
 
     def do_GET(self):
-        self._answer(self.settings)
+        self._answer({"token": "t"} if self.path.startswith("/api/csrf-token?client=") else self.settings)
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -31,6 +31,7 @@ class Answers(BaseHTTPRequestHandler):
 
     def _answer(self, content):
         authorised = self.headers.get("Authorization") == "Basic bWVtbWM6c2VjcmV0"
+        authorised &= self.command == "GET" or self.headers.get("Prefect-Csrf-Token") == "t"
         self.send_response(200 if authorised else 401)
         self.end_headers()
         self.wfile.write(json.dumps(content if authorised else {}).encode())
