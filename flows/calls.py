@@ -162,7 +162,7 @@ def _acting_as_deployment() -> AbstractContextManager[None]:
 
     try:
         name = deployment.name
-    except (httpx.HTTPError, PrefectException, OSError):  # a server that restarts is no reason to end a step
+    except (httpx.HTTPError, PrefectException, OSError, RuntimeError):  # a server that restarts ends no step
         name = None
     return acting(str(name), "deployment") if name else nullcontext()
 

@@ -4,6 +4,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prefect.runtime import deployment
 
 from flows.calls import (
     _acting_as_deployment,
@@ -131,10 +132,21 @@ def test_markdown_flattens_and_escapes():
 def test_the_audit_trail_names_the_deployment_that_runs(tmp_path, monkeypatch):
     config = load_config(overrides=[f"lake.uri={tmp_path / 'lake'}"])
     monkeypatch.delenv("MEMMC_ACTOR", raising=False)
-    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__NAME", "ingest-nightly")
-    for run, actor, basis in (("", getpass.getuser(), "os-user"), ("a-run", "ingest-nightly", "deployment")):
+
+    def gone():
+        raise RuntimeError("the server restarts")
+
+    user = getpass.getuser()
+    nightly, nobody = (lambda: "ingest-nightly"), (lambda: None)
+    for run, name, expected in (
+        ("", nightly, (user, "os-user")),  # no worker's process: the server is not asked
+        ("a-run", nightly, ("ingest-nightly", "deployment")),
+        ("a-run", nobody, (user, "os-user")),
+        ("a-run", gone, (user, "os-user")),
+    ):
         monkeypatch.setenv("PREFECT__FLOW_RUN_ID", run)
+        monkeypatch.setitem(deployment.FIELDS, "name", name)
         with _acting_as_deployment():
             head = note(config, "ingest")
         record = json.loads((tmp_path / "lake" / record_name(head.sequence)).read_text())
-        assert (record["actor"], record["actor_basis"], record["actor_verified_by"]) == (actor, basis, None)
+        assert (record["actor"], record["actor_basis"], record["actor_verified_by"]) == (*expected, None)
