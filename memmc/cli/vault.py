@@ -57,7 +57,7 @@ def resolve(
     settings: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the originals of pseudonyms as JSON: patient data. Each call leaves a line in the vault's audit folder."""
+    """Print the originals of pseudonyms as JSON: patient data. Each call leaves a record in the vault's audit trail."""
     from memmc.pipeline.vault import read_private_key
     from memmc.pipeline.vault import resolve as step
 
