@@ -35,7 +35,7 @@ SETTINGS = [
     "model.encoder_depth=3",
     "model.decoder_depth=2",
     "train.num_workers=1",
-    "train.max_steps=120",
+    "train.max_steps=80",
     "split.train=0.5",
     "split.calibrate=0.25",
     "split.test=0.25",
@@ -44,6 +44,9 @@ SETTINGS = [
     "promote.confidence=0.99",  # a story is told once: no gate may say no by chance
     "promote.max_changed=0.4",
     "promote.min_labelled=5",
+    "promote.parity=",
+    "promote.probes=40",
+    "monitor.canary_scans=6",
     "retrain.min_new_patients=5",
     "retrain.cooldown_days=0",
     "retrain.screen_p_value=0.1",
@@ -67,7 +70,7 @@ def lake_config(tmp_path_factory: pytest.TempPathFactory, hospital: HospitalSumm
 def memmc(verb: str, *arguments: str) -> tuple[int, dict]:
     """Call a verb with the settings; return its exit status and its JSON."""
     chosen = [part for setting in SETTINGS for part in ("--set", setting)]
-    done = CliRunner().invoke(app, [*verb.split(), *arguments, "--json", *chosen], catch_exceptions=False)
+    done = CliRunner().invoke(app, [*verb.split(), "--json", *chosen, *arguments], catch_exceptions=False)
     return done.exit_code, json.loads(done.stdout.splitlines()[-1])
 
 
@@ -85,10 +88,14 @@ def test_a_model_is_promoted_refused_retrained_and_taken_back(lake_config: Confi
     # Nothing is the champion: absolute limits hold.
     status, plan = memmc("retrain", "--cohort", "cxr", "--dry-run")
     assert (status, plan["plan"]["outcome"], plan["plan"]["reason"]) == (0, "train", "there is no champion")
-    status, first = memmc("retrain", "--cohort", "cxr")
+    status, first = memmc("retrain", "--cohort", "cxr", "--set", "promote.parity=torch")
     assert status == 0, first
     assert first["verdict"]["outcome"] == "promoted"
-    assert {gate["name"] for gate in first["verdict"]["gates"] if gate["verdict"] == "pass"} >= {"auroc", "learned"}
+    assert {gate["name"] for gate in first["verdict"]["gates"] if gate["verdict"] == "pass"} >= {
+        "auroc",
+        "learned",
+        "export parity",
+    }
 
     # Two steps make no model.
     status, bad = memmc("train", "--cohort", "cxr", "--set", "train.resume=new", "--set", "train.max_steps=2")
