@@ -82,7 +82,7 @@ def _against_forgery(client: httpx.Client) -> dict[str, str]:
     """Return the headers that a server with `csrf_protection_enabled` wants of each POST; others give none."""
     name = str(uuid.uuid4())
     response = client.get("/csrf-token", params={"client": name})
-    if response.status_code != httpx.codes.OK:
+    if not response.is_success:
         return {}
     return {"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": response.json()["token"]}
 
