@@ -18,7 +18,7 @@ from memmc.monitoring.canary import Planted, chance_of_no_fall, plant, sensitivi
 from memmc.pipeline.findings import record, recorded
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
-from memmc.pipeline.observed import Row, one_each
+from memmc.pipeline.observed import Row, one_each, without
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.quality import kept_from_scores
 from memmc.pipeline.rescore import Rescorer, grey_images, with_pixels
@@ -105,16 +105,15 @@ def canaries(
 
 def recent_normals(lake: Lake, cohort: str, model: OpenModel, most: int) -> list[str]:
     """Return the newest normal scans, one a patient, that the model was neither trained nor calibrated on."""
-    columns = ["object_key", "sop_instance_uid", "patient_key", "preprocess_id", "split", "ingested_at"]
-    where = {"cohort": cohort, "outcome": "stored", "label": "normal"}
-    rows = lake.instances_with_labels(columns, None, where).to_pylist()
-    met: dict[str, Any] = {"cohort": model.cohort, "outcome": "stored", "split": ("train", "calibrate")}
-    learned = set(lake.read(INSTANCES, ["object_key"], model.dataset_version, met)["object_key"].to_pylist())
-    held = kept_from_scores(lake, cohort)
-    fit = [row for row in rows if row["object_key"] not in learned and row["sop_instance_uid"] not in held]
-    chosen = sorted(one_each(fit), key=lambda row: (row["ingested_at"], row["sop_instance_uid"]), reverse=True)[:most]
-    model.require({row["preprocess_id"] for row in chosen})
-    return [row["sop_instance_uid"] for row in chosen]
+    columns = ["object_key", "sop_instance_uid", "patient_key", "preprocess_id", "ingested_at"]
+    rows = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored", "label": "normal"})
+    met = {"cohort": model.cohort, "outcome": "stored", "split": ("train", "calibrate")}
+    learned = lake.read(INSTANCES, ["object_key"], model.dataset_version, met)["object_key"]
+    fit = without(without(rows, "object_key", learned), "sop_instance_uid", kept_from_scores(lake, cohort))
+    order = [("ingested_at", "descending"), ("sop_instance_uid", "descending")]
+    chosen = one_each(fit).sort_by(order).slice(0, most)
+    model.require(set(chosen["preprocess_id"].to_pylist()))
+    return chosen["sop_instance_uid"].to_pylist()
 
 
 def _grid(rules: MonitorConfig) -> list[tuple[float, float]]:
@@ -161,7 +160,7 @@ def _flags(scored: Sequence[Row], uids: Sequence[str]) -> NDArray[np.bool_]:
 
 
 def _before(lake: Lake, cohort: str, named: Mapping[str, Any]) -> Row | None:
-    """Return the first canaries of a model and calibration; promotion plants them."""
+    """Return the first canaries of a model and calibration: those of the first look after its promotion."""
     rows = recorded(lake, cohort, "canary", named["model_digest"])
     known = [row for row in rows if row["name"] == _ALL and row["calibration_id"] == named["calibration_id"]]
     return known[0] if known else None

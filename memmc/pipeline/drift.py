@@ -29,6 +29,7 @@ from memmc.scoring.strata import POOLED, Stratum, judge_of, stratum_names
 
 ALARM = "drift"
 _SHOWN = 12  # tests of a calm window that are kept
+_SCORED = 20_000  # patients whose scores are compared, at most
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,15 @@ def drift(
     opened = open_model(config, home_directory(), model)
     calibration = newest_calibration(lake, opened)
     version = lake.version(INSTANCES)
-    window = one_each(window_rows(lake, cohort, opened, since, rules, now))
-    baseline = one_each(baseline_rows(lake, opened))
+    window = drawn(one_each(window_rows(lake, cohort, opened, since, rules, now)), _SCORED, rules.seed).to_pylist()
+    baseline = drawn(one_each(baseline_rows(lake, opened)), _SCORED, rules.seed).to_pylist()
     opened.require({row["preprocess_id"] for row in window})
     tested = min(len(window), len(baseline)) >= rules.min_window
     scored = _scores_of(lake, cohort, opened, calibration, window)
     shifts: list[Shift] = []
     if tested:
         progress.stage("drift", len(window) + len(baseline))
-        old, new = (drawn(rows, rules.max_images, rules.seed) for rows in (baseline, window))
+        old, new = (_some(rows, rules.max_images, rules.seed) for rows in (baseline, window))
         columns = tuple(calibration["strata_columns"] or ())
         shifts = compare(
             _sample(lake, opened.cohort, opened, old, columns, *_known_scores(lake, opened, calibration, baseline)),
@@ -136,6 +137,13 @@ def drift(
     )
     _record(lake, result, shifts, now)
     return result
+
+
+def _some(rows: list[Row], most: int, seed: int) -> list[Row]:
+    """Return at most so many rows, in order: those whose pixels are read."""
+    if len(rows) <= most:
+        return rows
+    return [rows[index] for index in np.sort(np.random.default_rng(seed).choice(len(rows), most, replace=False))]
 
 
 def in_words(shift: Shift) -> str:

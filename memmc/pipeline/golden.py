@@ -13,7 +13,7 @@ from memmc.lake.tables import Lake
 from memmc.pipeline.findings import record
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
-from memmc.pipeline.observed import baseline_rows, one_each
+from memmc.pipeline.observed import baseline_rows, one_each, with_only
 from memmc.pipeline.rescore import Rescorer
 from memmc.pipeline.results import Result
 from memmc.pipeline.select import newest_calibration, score_rows
@@ -98,6 +98,6 @@ def golden(config: Config, cohort: str, model: str | None = None, *, now: dateti
 
 def golden_set(lake: Lake, model: OpenModel, scored: set[str], most: int) -> list[str]:
     """Return the SOP Instance UIDs of the golden set, in order: those of the test share before the calibrated ones."""
-    rows = [row for row in one_each(baseline_rows(lake, model)) if row["sop_instance_uid"] in scored]
-    rows.sort(key=lambda row: (row["split"] != "test", row["sop_instance_uid"]))
-    return [row["sop_instance_uid"] for row in rows[:most]]
+    rows = with_only(one_each(baseline_rows(lake, model)), "sop_instance_uid", scored)
+    chosen = rows.sort_by([("split", "descending"), ("sop_instance_uid", "ascending")]).slice(0, most)
+    return chosen["sop_instance_uid"].to_pylist()

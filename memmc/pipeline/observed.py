@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from memmc.config import MonitorConfig
 from memmc.lake.schemas import INSTANCES
@@ -22,12 +23,13 @@ WORDS = (
 )  # fmt: skip
 NUMBERS = ("rows", "columns", "pixel_spacing_mm", "patient_age_years")
 _KEYS = ("object_key", "sop_instance_uid", "patient_key", "preprocess_id", "split", "label", "ingested_at")
+_COLUMNS = list(dict.fromkeys([*_KEYS, *WORDS, *NUMBERS]))
 _HELD_OUT = ("calibrate", "test")
 
 
 def window_rows(
     lake: Lake, cohort: str, model: OpenModel, since: str | None, rules: MonitorConfig, now: datetime
-) -> list[Row]:
+) -> pa.Table:
     """Return the stored instances of a window, without pixels, every one of a patient.
 
     Args:
@@ -41,37 +43,48 @@ def window_rows(
     Raises:
         UsageError: `since` is neither a date nor a version.
     """
-    columns = list(dict.fromkeys([*_KEYS, *WORDS, *NUMBERS]))
-    rows = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored"})
+    rows = lake.instances_with_labels(_COLUMNS, None, {"cohort": cohort, "outcome": "stored"})
     moment, older = since_limits(lake, cohort, since)
     if since is None:
         moment = now - timedelta(days=rules.window_days)
     met = lake.read(INSTANCES, ["object_key"], model.dataset_version, {"cohort": model.cohort, "outcome": "stored"})
-    known = set(met["object_key"].to_pylist())
-    return [row for row in newer(rows, moment, older).to_pylist() if row["object_key"] not in known]
+    return without(newer(rows, moment, older), "object_key", met["object_key"])
 
 
-def baseline_rows(lake: Lake, model: OpenModel) -> list[Row]:
+def baseline_rows(lake: Lake, model: OpenModel) -> pa.Table:
     """Return the instances that the model's cohort held when it was trained and that it did not learn from.
 
     Of any label: a stream in which some scans are abnormal has changed when their share has.
     """
-    columns = list(dict.fromkeys([*_KEYS, *WORDS, *NUMBERS]))
     where = {"cohort": model.cohort, "outcome": "stored", "split": _HELD_OUT}
-    return lake.instances_with_labels(columns, model.dataset_version, where).to_pylist()
+    return lake.instances_with_labels(_COLUMNS, model.dataset_version, where)
 
 
-def one_each(rows: Sequence[Row]) -> list[Row]:
+def one_each(rows: pa.Table) -> pa.Table:
     """Return one instance of each patient, that of the first keyed UID, in the order of these."""
-    first: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: row["sop_instance_uid"]):
-        first.setdefault(row["patient_key"] or row["sop_instance_uid"], row)
-    return list(first.values())
+    uids = rows["sop_instance_uid"]
+    owners = pc.call_function("coalesce", [rows["patient_key"], uids])
+    first = pa.table({"owner": owners, "uid": uids}).group_by("owner").aggregate([("uid", "min")])["uid_min"]
+    return with_only(rows, "sop_instance_uid", first).sort_by("sop_instance_uid")
 
 
-def drawn(rows: Sequence[Row], most: int, seed: int) -> list[Row]:
+def drawn(rows: pa.Table, most: int, seed: int) -> pa.Table:
     """Return at most so many rows, in order, drawn by the seed."""
-    if len(rows) <= most:
-        return list(rows)
-    index = np.random.default_rng(seed).choice(len(rows), most, replace=False)
-    return [rows[place] for place in sorted(index)]
+    if rows.num_rows <= most:
+        return rows
+    return rows.take(np.sort(np.random.default_rng(seed).choice(rows.num_rows, most, replace=False)))
+
+
+def with_only(rows: pa.Table, column: str, values: Any) -> pa.Table:
+    """Return the rows whose value is among those of a column or list."""
+    return rows.filter(_among(rows[column], values))
+
+
+def without(rows: pa.Table, column: str, values: Any) -> pa.Table:
+    """Return the rows whose value is not among those of a column or list."""
+    return rows.filter(pc.call_function("invert", [_among(rows[column], values)]))
+
+
+def _among(column: Any, values: Any) -> Any:
+    known = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else pa.array(list(values), pa.string())
+    return pc.call_function("is_in", [column], pc.SetLookupOptions(value_set=known))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from memmc.config import Config
 from memmc.errors import IntegrityError, ModelError
@@ -15,6 +17,7 @@ from memmc.monitoring import watch as rules_of
 from memmc.monitoring.watch import Alarm, Weights
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import open_model, tracking_of
+from memmc.pipeline.observed import with_only, without
 from memmc.pipeline.quality import kept_from_scores
 from memmc.pipeline.score_plan import newer, since_limits
 from memmc.registry.models import CHAMPION, ModelVersion, all_versions, registered_at, resolve
@@ -55,6 +58,7 @@ def watch(config: Config, cohort: str, model: str | None, since: str | None, now
     lake, tracking, rules = Lake(config.lake.uri), tracking_of(config, home_directory()), config.monitor
     stored = _instances(lake, cohort)
     window = _window(lake, cohort, stored, since, now - timedelta(days=rules.window_days))
+    before = without(stored, "object_key", window["object_key"])
     scores = _scores(lake, cohort)
     latest = _latest(window, scores)
     version = resolve(tracking, model) if model else champion_for(tracking, cohort)
@@ -62,7 +66,7 @@ def watch(config: Config, cohort: str, model: str | None, since: str | None, now
     weights = _weights(config, reference) if reference else None
     found = [
         rules_of.no_data(_newest(stored), now, rules),
-        rules_of.quarantine_rate(_quarantined(stored, window), _quarantined(window), rules),
+        rules_of.quarantine_rate(_quarantined(before), _quarantined(window), rules),
         rules_of.scoring_backlog(_unscored(lake, cohort, stored, scores), now, rules),
         rules_of.constant_scores([row["anomaly_score"] for row in latest[:_LATEST]]),
         None
@@ -86,61 +90,52 @@ def champion_for(tracking: Tracking, cohort: str) -> ModelVersion | None:
     return chosen[0] if chosen else None
 
 
-def _instances(lake: Lake, cohort: str) -> Any:
+def _instances(lake: Lake, cohort: str) -> pa.Table:
     columns = ["object_key", "sop_instance_uid", "outcome", "ingested_at"]
     if not lake.exists(INSTANCES):
         return SCHEMAS[INSTANCES].empty_table().select(columns)
     return lake.read(INSTANCES, columns, None, {"cohort": cohort, "outcome": _COUNTED})
 
 
-def _window(lake: Lake, cohort: str, rows: Any, since: str | None, begin: datetime) -> Any:
+def _window(lake: Lake, cohort: str, rows: pa.Table, since: str | None, begin: datetime) -> pa.Table:
     if since is None or not rows.num_rows:
         return newer(rows, begin, None)
     return newer(rows, *since_limits(lake, cohort, since))
 
 
-def _scores(lake: Lake, cohort: str) -> list[dict[str, Any]]:
+def _scores(lake: Lake, cohort: str) -> pa.Table:
     """Return a cohort's score rows, the newest first."""
-    if not lake.exists(SCORES):
-        return []
     columns = ["sop_instance_uid", "model", "anomaly_score", "scored_at"]
-    rows = lake.read(SCORES, columns, None, {"cohort": cohort}).to_pylist()
-    return sorted(rows, key=lambda row: row["scored_at"], reverse=True)
+    if not lake.exists(SCORES):
+        return SCHEMAS[SCORES].empty_table().select(columns)
+    return lake.read(SCORES, columns, None, {"cohort": cohort}).sort_by([("scored_at", "descending")])
 
 
-def _newest(rows: Any) -> datetime | None:
-    times = [row["ingested_at"] for row in rows.to_pylist() if row["outcome"] == "stored"]
-    return max(times, default=None)
+def _newest(rows: pa.Table) -> datetime | None:
+    return pc.call_function("max", [with_only(rows, "outcome", ["stored"])["ingested_at"]]).as_py()
 
 
-def _quarantined(rows: Any, less: Any = None) -> tuple[int, int]:
-    """Return (quarantined, all) of rows, without those of another table."""
-    without = set(less["object_key"].to_pylist()) if less is not None else set[str]()
-    outcomes = [row["outcome"] for row in rows.to_pylist() if row["object_key"] not in without]
-    return outcomes.count("quarantined"), len(outcomes)
+def _quarantined(rows: pa.Table) -> tuple[int, int]:
+    return with_only(rows, "outcome", ["quarantined"]).num_rows, rows.num_rows
 
 
-def _unscored(lake: Lake, cohort: str, rows: Any, scores: Sequence[dict[str, Any]]) -> list[datetime]:
+def _unscored(lake: Lake, cohort: str, rows: pa.Table, scores: pa.Table) -> list[datetime]:
     """Return when each instance was stored that should have a score of some model and has none."""
     if not rows.num_rows:
         return []
-    done = {row["sop_instance_uid"] for row in scores} | set(kept_from_scores(lake, cohort))
-    return [
-        row["ingested_at"]
-        for row in rows.to_pylist()
-        if row["outcome"] == "stored" and row["sop_instance_uid"] not in done
-    ]
+    waiting = without(with_only(rows, "outcome", ["stored"]), "sop_instance_uid", scores["sop_instance_uid"])
+    return without(waiting, "sop_instance_uid", kept_from_scores(lake, cohort))["ingested_at"].to_pylist()
 
 
-def _latest(window: Any, scores: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _latest(window: pa.Table, scores: pa.Table) -> list[dict[str, Any]]:
     """Return the newest score of each instance of the window, the newest first; of everything where it has none."""
-    inside = set(window["sop_instance_uid"].to_pylist())
+    made = scores.filter(pc.call_function("is_valid", [scores["anomaly_score"]]))
+    inside = with_only(made, "sop_instance_uid", window["sop_instance_uid"])
+    chosen = inside if inside.num_rows else made.slice(0, _LATEST)
     newest: dict[str, dict[str, Any]] = {}
-    for row in scores:
-        if row["anomaly_score"] is not None:
-            newest.setdefault(row["sop_instance_uid"], row)
-    made = list(newest.values())
-    return [row for row in made if row["sop_instance_uid"] in inside] or made
+    for row in chosen.to_pylist():
+        newest.setdefault(row["sop_instance_uid"], row)
+    return list(newest.values())
 
 
 def _weights(config: Config, reference: str) -> Weights:
