@@ -15,7 +15,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
 WORK_SIDE: Final = 1536  # px of the longer side: letters of 1/150 of it are still 10 px high
 BLOCK: Final = 16  # px
@@ -41,6 +40,8 @@ def working_image(image_HW: Grey) -> Grey:
 
 def glyph_blocks(image_HW: Grey) -> NDArray[np.bool_]:
     """Return, shape (R, C), the blocks with steps up and down in both directions, and their neighbours."""
+    from scipy import ndimage  # here and below: only where text is read, not in whoever feeds a sandbox
+
     height, width = image_HW.shape
     padding = ((0, -height % BLOCK), (0, -width % BLOCK))
     levels_HW = np.pad(image_HW, padding, mode="edge").astype(np.int16)
@@ -72,6 +73,8 @@ def glyph_mosaic(image_HW: Grey) -> Grey | None:
     Sides are multiples of 32 px. An image that could hold text in most places is
     returned whole.
     """
+    from scipy import ndimage
+
     labels_RC = np.empty_like(blocks_RC := glyph_blocks(image_HW), dtype=np.int32)
     ndimage.label(blocks_RC, structure=np.ones((3, 3)), output=labels_RC)
     height, width = image_HW.shape
