@@ -14,6 +14,7 @@ from memmc.errors import GateRefused
 
 if TYPE_CHECKING:
     from memmc.pipeline.promote import PromoteResult
+    from memmc.pipeline.retrain import ReplayResult
 
 
 def promote(
@@ -58,6 +59,9 @@ def rollback(
 
 def decisions(
     cohort: CohortOption,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Ask what the present retrain.* settings would have decided.")
+    ] = False,
     lake: LakeOption = None,
     config: ConfigOption = None,
     settings: SetOption = None,
@@ -65,10 +69,21 @@ def decisions(
 ) -> None:
     """List what was decided about a cohort's models, newest first, and why."""
     from memmc.pipeline.decisions import decisions as step
+    from memmc.pipeline.retrain import replay as ask_again
 
     with call(lake, config, settings, as_json=as_json) as run:
+        if replay:
+            asked = ask_again(run.config, cohort)
+            run.finish(asked, lambda: replayed(asked))
+            return
         result = step(run.config, cohort)
         run.finish(result, lambda: "\n".join(line(item) for item in result.decisions) or "no decision yet")
+
+
+def replayed(result: ReplayResult) -> str:
+    """One line a decision, then how many would be others."""
+    lines = [f"{row['decided_at']}  {row['was']:<5} -> {row['now']:<5}  {row['reason']}" for row in result.decisions]
+    return "\n".join([*lines, f"{result.changed} of {len(result.decisions)} retraining decisions would be others"])
 
 
 def end(outcome: str, message: str, *, as_json: bool) -> None:

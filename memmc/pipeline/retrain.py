@@ -146,6 +146,28 @@ def outcome_of(choice: Choice) -> str:
     return "train" if choice.train else "judge" if choice.judge else "wait"
 
 
+@dataclass(frozen=True)
+class ReplayResult(Result):
+    """Past decisions asked again, newest first: when, what was decided, what the present settings would, and why."""
+
+    cohort: str
+    changed: int
+    decisions: list[dict[str, Any]]
+
+
+def replay(config: Config, cohort: str) -> ReplayResult:
+    """Ask the policy about the facts of every kept retraining decision, by the settings as they are now."""
+    check_cohort(cohort)
+    found: list[dict[str, Any]] = []
+    for item in read(Lake(config.lake.uri), cohort=cohort):
+        if item.action == "retrain" and item.outcome in {"train", "wait"}:
+            choice = choose(Facts.from_json(item.facts), config.retrain)
+            at = item.decided_at.isoformat(timespec="seconds")
+            was = {"decided_at": at, "decision_id": item.decision_id, "was": item.outcome}
+            found.append({**was, "now": outcome_of(choice), "reason": choice.reason})
+    return ReplayResult(cohort, sum(item["was"] != item["now"] for item in found), found)
+
+
 def train_challenger(
     config: Config, cohort: str, plan: RetrainPlan, *, now: datetime | None = None, progress: Progress | None = None
 ) -> TrainResult:

@@ -88,6 +88,18 @@ def test_decisions_are_listed_with_their_reasons(config):
     assert [item["outcome"] for item in found] == ["promoted", "refused"]
 
 
+def test_kept_decisions_are_asked_again_with_other_settings(config):
+    lake = Lake(config.lake.uri)
+    facts = {"champion": "memmc-cxr/1", "known_patients": 1000, "new_patients": 60, "drifted": False, "findings": []}
+    record(config, lake, decision(action="retrain", outcome="wait", facts=facts))
+    record(config, lake, decision(action="retrain", outcome="trained", facts={"steps": 3}))
+    call = ["decisions", "--cohort", "cxr", "--lake", config.lake.uri, "--replay"]
+    assert "0 of 1" in CliRunner().invoke(app, call).output
+    asked = CliRunner().invoke(app, [*call, "--json", "--set", "retrain.min_new_patients=50"]).output
+    again = json.loads(asked)
+    assert (again["changed"], again["decisions"][0]["was"], again["decisions"][0]["now"]) == (1, "wait", "train")
+
+
 def test_a_person_can_say_no_once_to_what_waits(config):
     lake = Lake(config.lake.uri)
     with pytest.raises(DataError, match="waits"):
