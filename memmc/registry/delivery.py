@@ -65,10 +65,10 @@ class Delivery:
                 kept = {"file": self._spool.keep(file)} if file else {}
                 self._spool.append({**entry, **kept})
             except OSError as error:
+                if not self.lost:  # said once
+                    why = error.strerror
+                    logger.warning("values for the tracking store are lost (%s); check the disk under .memmc", why)
                 self.lost += int(entry["count"])
-                logger.warning(
-                    "values for the tracking store are lost (%s); check the disk under .memmc", error.strerror
-                )
                 return
             if not self._running:
                 self._running = True
