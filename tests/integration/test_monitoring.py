@@ -76,7 +76,7 @@ def test_alarms_are_events_and_what_was_found_is_shown(home, tmp_path, monkeypat
         assert all(set(event["payload"]) == {"cohort", "model", "run", "found", "to_do"} for event in found)
         artifacts = client._client.post("/artifacts/filter", json={}).json()
         kinds = {(item["key"], item["type"]) for item in artifacts if item["key"]}
-        assert {("monitor-cxr", "markdown"), ("monitor-cxr-drift", "table"), ("monitor-cxr-trend", "image")} <= kinds
+        assert {("monitor-cxr", "markdown"), ("monitor-cxr-drift", "table"), ("monitor-cxr-trend", "markdown")} <= kinds
         newest = [item["data"] for item in artifacts if item["key"] == "monitor-cxr"]
         assert any("no_data" in text and "look at the source" in text for text in newest)
         assert any("No alarm stands" in text for text in newest)
