@@ -26,6 +26,7 @@ VERBS = {
 }
 VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label", "maps", "explain", "cohort", "compare", "deploy"}
 VERBS |= {"drift", "monitor"}
+VERBS |= {"promote", "rollback", "decisions", "retrain", "review"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
