@@ -27,6 +27,7 @@ VERBS = {
 VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label", "maps", "explain", "cohort", "compare", "deploy"}
 VERBS |= {"drift", "monitor"}
 VERBS |= {"promote", "rollback", "decisions", "retrain", "review"}
+VERBS |= {"audit", "tracking"}
 
 
 def memmc(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
