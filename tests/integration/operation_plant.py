@@ -172,15 +172,16 @@ class Plant:
         return done.stdout
 
     def memmc(self, *words: str, **settings: str) -> subprocess.Popen[str]:
-        """Start our own command line where the worker works."""
-        return subprocess.Popen(
-            [str(_BIN / "memmc"), *words],
-            cwd=self.directory,
-            env=self.environment | settings,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        """Start our own command line where the worker works; stderr, where Prefect writes too, goes to a file."""
+        with (self.folder / "memmc.log").open("ab") as log:
+            return subprocess.Popen(
+                [str(_BIN / "memmc"), *words],
+                cwd=self.directory,
+                env=self.environment | settings,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
 
     def _healthy(self) -> bool:
         assert self.server is not None and self.server.poll() is None, (self.folder / "server.log").read_text()[-2000:]
