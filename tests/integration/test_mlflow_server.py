@@ -29,7 +29,7 @@ def server(tmp_path_factory):
         running.kill()
 
 
-def test_runs_and_models_over_http(server, tmp_path):
+def test_runs_and_models_over_http(server, tmp_path, capsys):
     url = server.url
     tracking = open_tracking(TrackingConfig(uri=url), tmp_path / "train" / ".memmc")
     run = tracking.start_run("memmc/cxr", "train-1", {"a": "b"}, {"lr": 0.1})
@@ -50,6 +50,7 @@ def test_runs_and_models_over_http(server, tmp_path):
     assert sorted(path.name for path in fetched.iterdir()) == ["model.json", "model.safetensors"]
     assert scoring.client.get_run(run).info.status == "FINISHED"
     assert tracking.lost == 0
+    assert capsys.readouterr().out == ""  # nothing but the verb's own JSON may stand on stdout
 
 
 def test_nothing_is_lost_while_the_server_hangs_and_is_killed(server, tmp_path):
