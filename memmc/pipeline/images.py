@@ -15,6 +15,7 @@ from memmc.config import DataConfig
 from memmc.dicom.deidentify import keyed_uid
 from memmc.dicom.pixels import fit_mask
 from memmc.errors import DataError, UsageError
+from memmc.lake.files import read_file
 from memmc.lake.stream import PIXEL_COLUMNS, pixels_to_array, read_rows
 from memmc.lake.tables import Lake
 
@@ -42,6 +43,10 @@ def read_pixels(
     columns = ["sop_instance_uid", *PIXEL_COLUMNS]
     where = lake.where("instances", {"cohort": cohort})
     for file in lake.files("instances", version, {"outcome": "stored", "cohort": cohort}):
+        # A look at the names spares the pixels of shards that hold none of these.
+        names = read_file(lake.storage, "instances", file, ["sop_instance_uid"])
+        if wanted.isdisjoint(names["sop_instance_uid"].to_pylist()):
+            continue
         for rows in read_rows(lake.storage, "instances", file, columns, where):
             chosen = rows.filter(pc.field("sop_instance_uid").isin(sorted(wanted)))
             if chosen.num_rows:

@@ -10,10 +10,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from memmc.config import Config
+from memmc.lake.files import read_file
 from memmc.lake.schemas import INSTANCES
-from memmc.lake.stream import pixels_to_array
+from memmc.lake.stream import pixels_to_array, read_rows
 from memmc.lake.tables import Lake
 from memmc.pipeline.models import OpenModel
+from memmc.pipeline.observed import with_only
 from memmc.scoring.actor import Reconstructor, ScoringJob, model_files
 from memmc.scoring.bulk import score_columns
 from memmc.scoring.early_stop import StopRule
@@ -61,8 +63,16 @@ class Rescorer:
 
     def read(self, lake: Lake, cohort: str, uids: Sequence[str]) -> pa.Table:
         """Return instances with their pixels, in the order of the UIDs."""
-        where: dict[str, Any] = {"cohort": cohort, "outcome": "stored", "sop_instance_uid": tuple(uids)}
-        rows = lake.read(INSTANCES, self._columns, None, where)
+        wanted = set(uids)
+        where = lake.where(INSTANCES, {"cohort": cohort})
+        parts: list[pa.Table] = []
+        for file in lake.files(INSTANCES, None, {"cohort": cohort, "outcome": "stored"}):
+            # A look at the names spares the pixels of shards that hold none of these.
+            names = read_file(lake.storage, INSTANCES, file, ["sop_instance_uid"])
+            if not wanted.isdisjoint(names["sop_instance_uid"].to_pylist()):
+                for rows in read_rows(lake.storage, INSTANCES, file, self._columns, where):
+                    parts.append(with_only(rows, "sop_instance_uid", uids))
+        rows = pa.concat_tables(parts)
         place = {uid: index for index, uid in enumerate(rows["sop_instance_uid"].to_pylist())}
         return rows.take([place[uid] for uid in uids])
 
