@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dicom_instances import dataset, encoded
-from hypothesis import assume, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
@@ -67,14 +67,14 @@ def test_forms(form: str) -> None:
     assert not found("QUÖXX^ANNA O'TOOLE", data)
 
 
+@settings(deadline=None)
 @given(
-    st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zs", "Nd")), min_size=6, max_size=30),
+    st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z", "Nd")), min_size=6, max_size=30),  # printable
     st.sampled_from([name for name in FORMS if name != "latin-1"]),
     st.binary(max_size=40),
     st.data(),
 )
 def test_any_text_is_found_wherever_it_is_cut(text: str, form: str, before: bytes, data: st.DataObject) -> None:
-    assume(text.isprintable())
     whole = before + b" " + FORMS[form](text) + b" " + before
     assert found(text, whole, data.draw(st.integers(0, len(whole))))
 
