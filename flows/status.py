@@ -17,7 +17,7 @@ from flows.naming import TAG
 from memmc.config import Config
 
 _PAGE = 200
-_MARKS = {"COMPLETED": "✅", "FAILED": "❌", "CRASHED": "❌", "CANCELLED": "⚪", "RUNNING": "▶️", "PAUSED": "⏸️"}
+_BAD = {"FAILED", "CRASHED"}
 
 
 def _run_name() -> str:
@@ -78,14 +78,14 @@ def _lake(config: Config) -> dict[str, Any]:
 
 def as_page(deployments: list[dict[str, Any]], lake: dict[str, Any] | None, hours: float) -> str:
     """Return the page as Markdown: what is wrong first."""
-    bad = [row for row in deployments if row["state"] in {"FAILED", "CRASHED"}]
+    bad = [row for row in deployments if row["state"] in _BAD]
     verdict = "All well." if not bad else "**Look at** " + ", ".join(f"`{row['deployment']}`" for row in bad) + "."
     lines = [f"# {verdict}", "", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, runs of the last {hours:g} h.", ""]
     lines += ["| deployment | last run | state | ended, UTC | runs | next, UTC |", "|---|---|---|---|---|---|"]
     for row in deployments:
         runs = ", ".join(f"{count} {state.lower()}" for state, count in sorted(row["recent"].items())) or "none"
-        state = row["state"] or "never ran"
-        cells = [row["last"] or "-", f"{_MARKS.get(state, '')} {state.lower()}".strip(), row["ended"] or "-", runs]
+        state = (row["state"] or "never ran").lower()
+        cells = [row["last"] or "-", f"**{state}**" if row["state"] in _BAD else state, row["ended"] or "-", runs]
         following = "paused" if row["paused"] else row["next"] or "by hand"
         lines.append(f"| {row['deployment']} | " + " | ".join([*cells, following]) + " |")
     return "\n".join([*lines, "", *_lake_lines(lake)])
