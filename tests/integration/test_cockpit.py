@@ -28,8 +28,9 @@ def test_the_most_abnormal_of_a_batch_come_first_and_with_their_heat(inside, sco
     sheet = contact_sheet(inside.config, "cxr", scored.model, rows)
     picture = Image.open(io.BytesIO(sheet))
     assert len(sheet) <= MOST_BYTES and picture.width > picture.height
-    scan, heat = (picture.crop((left, 6, left + 144, 150)).convert("RGB") for left in (6, 150))
-    grey, coloured = (max(max(pixel) - min(pixel) for pixel in tile.getdata()) for tile in (scan, heat))
+    # Inside of the tiles: JPEG lets colours run over an edge.
+    scan, heat = (picture.crop((left + 10, 16, left + 122, 128)).convert("RGB") for left in (6, 150))
+    grey, coloured = (max(max(pixel) - min(pixel) for pixel in tile.get_flattened_data()) for tile in (scan, heat))
     assert grey < 12 < 60 < coloured  # JPEG's own colour noise, and the heat map's
     assert most_abnormal(inside.config, "cxr", scored.model, datetime.now(UTC) + timedelta(hours=1)) == []
     few = load_config(overrides=[*settings, "cockpit.scans=3"])
@@ -54,7 +55,7 @@ def test_the_lakes_state_is_the_account(inside, scored):
     assert sum(found["cohorts"]["cxr"].values()) == account.seen
     assert found["scores"] >= scored.instances - scored.not_scored
     assert 0 < found["abnormal"] < found["scores"]
-    assert found["models"] == 1
+    assert found["models"] >= 1
 
 
 def test_an_empty_lake_counts_nothing(tmp_path, monkeypatch):
