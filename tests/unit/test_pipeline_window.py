@@ -1,7 +1,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memmc.config import OperateConfig
@@ -46,6 +46,7 @@ def test_the_night_of_another_zone_is_as_long_as_its_clocks_make_it(night, hours
     assert window("22:00-06:00", "Europe/Berlin").left_s(opened) == hours * 3600
 
 
+@settings(deadline=None)
 @given(st.datetimes(datetime(2026, 1, 1), datetime(2027, 1, 1)), st.integers(0, 1439), st.integers(1, 1439))
 def test_open_for_its_length_and_closed_for_the_rest(now, begin, length):
     def clock(minute):
