@@ -41,6 +41,8 @@ Look = Callable[[MemMCMAE], dict[str, float]]
 AGREE_STEPS = 8
 """Steps between two words from rank 0; also between two log entries."""
 
+_LOOKING = 0.2  # share of the time that looks may take
+
 EARLY_STEPS = (1, 2, 4)
 """Steps after a start at which rank 0's word is heard too, so that a short warm-up begins at once."""
 
@@ -156,8 +158,9 @@ def train(
         sync: the fellow workers; none when absent.
         resume_from: folder of a checkpoint to go on from.
         on_step: called after every step.
-        on_look: called on every rank every `look_seconds` and at the end with the averaged model, whole; the figures
-            it returns, equal on all ranks, go into the next log entry, and `train.select` picks one of them.
+        on_look: called on every rank every `look_seconds` (less often where that would take more than a fifth of
+            the time) and at the end, with the averaged model, whole; the figures it returns, equal on all ranks, go
+            into the next log entry, and `train.select` picks one of them.
         on_log: given step, epoch, progress, loss, lr, grad_norm, images_per_s (all workers), data_wait (share of
             the time spent waiting for batches) and elapsed_s, on every rank, every few steps.
         on_checkpoint: called on every rank every `checkpoint_seconds` and at the end, with a function that writes
@@ -220,7 +223,8 @@ class _Run:
         clock = _Clock(self.config, self.sync, self.state)
         window = _Window(feed(self.state.position), self.state.position.images)
         metrics: Metrics = {}
-        first, saved_s, looked_s = self.state.step, self.state.elapsed_s, self.state.elapsed_s
+        first, saved_s = self.state.step, self.state.elapsed_s
+        look_due_s = saved_s + self.config.look_seconds
         while (progress := clock.progress(self.state.step)) < 1.0 and not self._out_of_patience():
             rate = learning_rate(progress, self.config, self._global_batch)
             self._step([window.next_batch() for _ in range(self.config.accumulate)], rate)
@@ -231,9 +235,11 @@ class _Run:
                 elapsed_s = clock.agree(self.state.step)
                 self._check_finite()
                 metrics = self._metrics(progress, rate, elapsed_s) | window.close(self.state.position.images)
-                if on_look is not None and elapsed_s - looked_s >= self.config.look_seconds:
+                if on_look is not None and elapsed_s >= look_due_s:
                     metrics |= self._look(on_look)
-                    looked_s = elapsed_s
+                    seen_s = clock.agree(self.state.step)
+                    rest_s = (seen_s - elapsed_s) * (1.0 / _LOOKING - 1.0)
+                    look_due_s = seen_s + max(self.config.look_seconds, rest_s)
                     on_step()
                 on_log(metrics)
                 if on_checkpoint is not None and elapsed_s - saved_s >= self.config.checkpoint_seconds:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +15,7 @@ from test_training_loop import CONFIG, IMAGES, MODEL, run
 from memmc.errors import DataError
 from memmc.model.mae import MemMCMAE
 from memmc.pipeline.train import keep_back
-from memmc.training import looks
+from memmc.training import looks, loop
 from memmc.training.looks import Fixed, HeldOut, ablations, auroc, health, patch_errors, quick_scores, with_lesions
 from memmc.training.peers import Alone
 
@@ -116,7 +118,23 @@ def test_health_and_ablations_leave_the_model_as_it_is(trained: MemMCMAE) -> Non
     assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
 
 
-def test_the_best_average_is_kept_through_a_restart_and_patience_ends_a_run(tmp_path) -> None:
+def test_slow_looks_leave_most_of_the_time_to_training() -> None:
+    began: list[float] = []
+
+    def slow(_: MemMCMAE) -> dict[str, float]:
+        began.append(time.monotonic())
+        time.sleep(0.05)
+        return {}
+
+    config = CONFIG.model_copy(update={"look_seconds": 1e-9, "max_steps": 120})
+    run(config, on_look=slow)
+    between = [later - earlier for earlier, later in pairwise(began[:-1])]  # the last look is the run's end
+    assert min(between, default=1.0) >= 0.05 / 0.2
+    assert began
+
+
+def test_the_best_average_is_kept_through_a_restart_and_patience_ends_a_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "_LOOKING", 1.0)  # a look at every word from rank 0, however slow this machine is
     figures = iter([0.5, 0.9, 0.7, 0.6, 0.6, 0.6])
     often = {"look_seconds": 1e-9, "checkpoint_seconds": 1e-9}
     config = CONFIG.model_copy(update={**often, "select": "probe_auroc", "max_steps": 100, "patience": 2})
