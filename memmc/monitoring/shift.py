@@ -124,6 +124,9 @@ def uniform(
     (dependence through the calibration set).
     """
     kept = {name: values[values > above] for name, values in p_values.items()}
+    if not any(len(values) for values in kept.values()):  # each uniform p-value is that small with probability `above`
+        count = sum(len(values) for values in p_values.values())
+        return Difference(max(above**count, 1 / (resamplings + 1)), 1.0)
     seen = _distance_to_uniform(np.concatenate(list(kept.values())), above)
     drawn = np.empty(resamplings)
     sizes = {name: round(len(values) / (1.0 - above)) for name, values in kept.items() if len(values)}

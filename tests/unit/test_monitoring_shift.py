@@ -71,6 +71,12 @@ def test_uniform_sees_scores_that_have_moved():
     assert shift.uniform({"pooled": p_values}, {"pooled": 200}, 0.2, 1999, draw).p_value < 0.01
 
 
+def test_a_window_of_abnormal_images_alone_is_not_uniform():
+    found = shift.uniform({"pooled": np.full(30, 0.01)}, {"pooled": 100}, 0.2, 999, rng())
+    assert (found.p_value, found.effect) == (0.001, 1.0)
+    assert shift.uniform({"pooled": np.full(2, 0.01)}, {"pooled": 100}, 0.2, 999, rng()).p_value == pytest.approx(0.04)
+
+
 def sample(draw, count, *, makers=("a", "b", "c"), gain=1.0, moved=0.0, flagged=0.05, scores=0.0):
     strata = list(draw.choice(makers, count))
     images = np.clip(
