@@ -38,11 +38,12 @@ def training_curves(config: Config, model: str) -> bytes | None:
 
     figure = Figure(figsize=(8.4, 2.8), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(*zip(*loss, strict=True), color="#1f5fa8", linewidth=1.2)
+    line: dict[str, Any] = {"linewidth": 1.2, "marker": "o", "markersize": 4, "clip_on": False}  # one point is seen too
+    left.plot(*zip(*loss, strict=True), color="#1f5fa8", **line)
     left.set(title="Loss", xlabel="step")
     if waiting:
         steps, shares = zip(*waiting, strict=True)
-        right.plot(steps, [100 * share for share in shares], color="#b3541e", linewidth=1.2)
+        right.plot(steps, [100 * share for share in shares], color="#b3541e", **line)
     right.set(title="Waiting for data, % of the time", xlabel="step", ylim=(0, 100))
     for axes in (left, right):
         axes.grid(alpha=0.25)
