@@ -7,7 +7,7 @@ import pytest
 
 from memmc.dicom.deidentify import keyed_uid
 from memmc.dicom.geometry import Box
-from memmc.errors import UsageError
+from memmc.errors import DataError, UsageError
 from memmc.pipeline.localise import localise_masks, read_boxes
 
 KEY = b"k" * 32
@@ -51,5 +51,6 @@ def test_masks_are_judged_at_the_calibrations_level():
     found = localise_masks([mask * 4.0], [mask], {"map_level": 2.0}, 0)
     assert (found.num_images, found.dice, found.pixel_auroc) == (1, 1.0, 1.0)
     assert found.controls["centre prior"]["dice"] == 0.0
-    assert localise_masks([mask * 4.0], [mask], {"map_level": None}, 0).dice is None
     assert localise_masks([mask * 4.0], [mask], {"map_level": 4.0}, 0).dice == 0.0
+    with pytest.raises(DataError, match="memmc calibrate"):
+        localise_masks([mask * 4.0], [mask], {"map_level": None}, 0)
