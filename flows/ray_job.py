@@ -56,6 +56,11 @@ def on_cluster(
     return chosen
 
 
+def submits_jobs(config: Config) -> bool:
+    """Say whether the steps of a flow run as jobs of a cluster."""
+    return takes_jobs(config.ray)
+
+
 def job_name(verb: str) -> str:
     """Return the name of this flow run's job; the same after a crash."""
     from prefect.runtime import flow_run

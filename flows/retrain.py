@@ -12,6 +12,7 @@ from prefect.input import RunInput
 
 from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, config_in_force, is_transient, run_step
 from flows.naming import Cohort, artifact_key, run_name
+from flows.ray_job import on_cluster, stop_cluster_jobs, submits_jobs
 from flows.summary import as_markdown
 from memmc.config import Config
 from memmc.errors import GateRefused
@@ -44,7 +45,13 @@ def run(config: Config, cohort: str, approve: str | None, *, home: Path, progres
     return RetrainResult(**done)
 
 
-@flow(name="retrain", flow_run_name=run_name("retrain"), persist_result=False, result_serializer="json")
+@flow(
+    name="retrain",
+    flow_run_name=run_name("retrain"),
+    persist_result=False,
+    result_serializer="json",
+    on_cancellation=[stop_cluster_jobs],
+)
 def retrain_flow(cohort: Cohort, approve: str | None = None, config: Overrides | None = None) -> dict[str, Any]:
     """Train anew if new normals, age or drift ask for it, and promote what passes the gates.
 
@@ -53,13 +60,18 @@ def retrain_flow(cohort: Cohort, approve: str | None = None, config: Overrides |
         approve: who agrees beforehand; where `promote.approval` asks for a person and none is named, the flow pauses.
         config: settings that differ from the defaults, by section; never key material.
     """
-    plan = decide(cohort, config)
+    done = in_one(cohort, approve, config) if submits_jobs(config_in_force(config)) else None
+    plan = done["plan"] if done else decide(cohort, config)
     create_markdown_artifact(as_markdown("Decision", plan), key=artifact_key("retrain", cohort))
     if plan["outcome"] == "wait":
         return {"plan": plan, "trained": None, "verdict": None}
-    trained = train(cohort, plan, config) if plan["outcome"] == "train" else None
-    challenger = trained["model"] if trained else plan["facts"]["pending"]
-    verdict = judge(cohort, challenger, approve, config)
+    if done:
+        trained, verdict = done["trained"], done["verdict"]
+        challenger = verdict["model"]
+    else:
+        trained = train(cohort, plan, config) if plan["outcome"] == "train" else None
+        challenger = trained["model"] if trained else plan["facts"]["pending"]
+        verdict = judge(cohort, challenger, approve, config)
     show(cohort, verdict)
     if verdict["outcome"] == "waiting":
         answer = ask(cohort, challenger, config)
@@ -97,6 +109,25 @@ def ask(cohort: str, challenger: str, config: Overrides | None) -> Approval:
         ) from None
 
 
+# One more try at most: a worker that dies is Ray's to restart, and a second training is dear.
+_DEAR: dict[str, Any] = {**_ON_STORAGE, "retries": 1, "retry_delay_seconds": RETRY_DELAYS_S[:1]}
+
+
+@task(name="retrain-on-cluster", **_DEAR)
+def in_one(cohort: str, approve: str | None, config: Overrides | None) -> dict[str, Any]:
+    """Decide, train and judge as one Ray job, whose next try finds what the first has decided and trained."""
+
+    def step(resolved: Config, progress: Progress) -> Result | None:
+        from memmc.pipeline.retrain import RetrainResult, retrain
+
+        def here(config: Config, progress: Progress) -> RetrainResult:
+            return retrain(config, cohort, approve=approve, progress=progress)
+
+        return on_cluster(here, "retrain", RetrainResult, cohort=cohort, approve=approve)(resolved, progress)
+
+    return run_step(f"retrain-{cohort}", config, step)
+
+
 @task(name="decide-retraining", **_ON_STORAGE)
 def decide(cohort: str, config: Overrides | None) -> dict[str, Any]:
     """Screen new normals, look for drift, decide; a second try decides anew."""
@@ -109,16 +140,7 @@ def decide(cohort: str, config: Overrides | None) -> dict[str, Any]:
     return run_step(f"retrain-{cohort}", config, step)
 
 
-# One more try at most: a worker that dies is Ray's to restart, and a second training is dear.
-@task(
-    name="train-challenger",
-    retries=1,
-    retry_delay_seconds=RETRY_DELAYS_S[:1],
-    retry_condition_fn=is_transient,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    result_serializer="json",
-)
+@task(name="train-challenger", **_DEAR)
 def train(cohort: str, plan: dict[str, Any], config: Overrides | None) -> dict[str, Any]:
     """Train, calibrate and register a challenger."""
 
@@ -134,10 +156,15 @@ def train(cohort: str, plan: dict[str, Any], config: Overrides | None) -> dict[s
 def judge(cohort: str, challenger: str, approve: str | None, config: Overrides | None) -> dict[str, Any]:
     """Put the challenger through the gates; promote it if it passes and nobody has to agree first."""
 
-    def step(resolved: Config, progress: Progress) -> Result:
+    def step(resolved: Config, progress: Progress) -> Result | None:
+        from memmc.pipeline.promote import PromoteResult
         from memmc.pipeline.retrain import judge_challenger
 
-        return judge_challenger(resolved, cohort, challenger, approve=approve, progress=progress)
+        def here(config: Config, progress: Progress) -> PromoteResult:
+            return judge_challenger(config, cohort, challenger, approve=approve, progress=progress)
+
+        judged = on_cluster(here, "promote", PromoteResult, challenger, cohort=cohort, approve=approve)
+        return judged(resolved, progress)
 
     return run_step(f"promote-{cohort}", config, step)
 

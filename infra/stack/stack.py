@@ -67,7 +67,6 @@ class Stack:
             "PREFECT_HOME": str(self.folder / "prefect-client"),
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "MEMMC_CONFIG": str(self.work / "memmc.toml"),
-            "MEMMC_STACK_RAY_ADDRESS": f"{HOST}:{self.ports['ray']}",
             **self._cluster_environment,
         }
 

@@ -14,14 +14,12 @@ from memmc.phantom.hospital import write_hospital
 
 _NORMAL, _ABNORMAL, _BROKEN, _SEED = 240, 48, 7, 2026
 _TRIES = 3  # a run beside one of the schedule is cancelled, as the deployment asks
-# Steps of retraining join the cluster; those of the other flows are submitted to its Jobs API.
-JOINED = os.environ.get("MEMMC_STACK_RAY_ADDRESS", "auto")
 RUNS: list[tuple[str, dict[str, Any]]] = [
     ("ingest/arrivals", {}),
     ("train/on-demand", {}),
     ("score/new-scans", {"evaluate": True, "report": True}),
     ("monitor/watch", {}),
-    ("retrain/when-due", {"config": {"ray": {"address": JOINED}}}),
+    ("retrain/when-due", {}),
     ("maintenance/weekly", {}),
     ("status/daily", {}),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from memmc.cli.options import CohortOption, ConfigOption, DryRunOption, JsonOption, LakeOption, SetOption, call
 from memmc.errors import GateRefused
+from memmc.pipeline.progress_lines import LINES, VARIABLE
 
 if TYPE_CHECKING:
     from memmc.pipeline.promote import PromoteResult
@@ -89,10 +91,12 @@ def replayed(result: ReplayResult) -> str:
 def end(outcome: str, message: str, *, as_json: bool) -> None:
     """End with 3 where nothing was promoted; in the JSON mode the result has been printed already.
 
+    A job that a flow has submitted ends well: its verdict is the result, and the flow's to act on.
+
     Raises:
         GateRefused: in the mode for people.
     """
-    if outcome == "promoted":
+    if outcome == "promoted" or os.environ.get(VARIABLE) == LINES:
         return
     if as_json:
         print(f"memmc: {message}", file=sys.stderr)

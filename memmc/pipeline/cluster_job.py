@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from memmc import errors
 from memmc.config import RayConfig
 from memmc.errors import ConfigError, MemmcError, StorageError
+from memmc.pipeline.audit import ACTOR_VARIABLE, actor
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.progress_lines import LINES, VARIABLE, json_object, pass_on
 from memmc.pipeline.results import Result
@@ -110,8 +111,12 @@ def _join(client: _Client, ray: RayConfig, name: str, arguments: Sequence[str], 
 
 
 def _command(ray: RayConfig, arguments: Sequence[str]) -> str:
-    """Return the job's shell line; a variable set here spares the workers a runtime environment of their own."""
-    command = f"exec env {VARIABLE}={LINES} {ray.job_command} {shlex.join(arguments)}"
+    """Return the job's shell line; variables set here spare the workers a runtime environment of their own.
+
+    Who acts over there, for the audit trail, is who acts here.
+    """
+    variables = shlex.join((f"{VARIABLE}={LINES}", f"{ACTOR_VARIABLE}={actor()}"))
+    command = f"exec env {variables} {ray.job_command} {shlex.join(arguments)}"
     return f"cd {shlex.quote(ray.job_directory)} && {command}" if ray.job_directory else command
 
 

@@ -115,14 +115,16 @@ def test_a_job_stopped_over_there_says_so():
         _outcome("", "STOPPED", "job", ScoreResult)
 
 
-def test_the_command_is_one_shell_line_whatever_stands_in_it():
+def test_the_command_is_one_shell_line_whatever_stands_in_it(monkeypatch):
+    monkeypatch.setenv("MEMMC_ACTOR", "the night's run")
+    who = "MEMMC_PROGRESS=lines 'MEMMC_ACTOR=the night'\"'\"'s run'"
     arguments = ["score", "--cohort", "c; rm -rf /", "--set", "lake.uri=/a b"]
     assert _command(RayConfig(), arguments) == (
-        "exec env MEMMC_PROGRESS=lines memmc score --cohort 'c; rm -rf /' --set 'lake.uri=/a b'"
+        f"exec env {who} memmc score --cohort 'c; rm -rf /' --set 'lake.uri=/a b'"
     )
     ray = RayConfig(job_directory="/srv/it's", job_command="/opt/memmc/bin/memmc")
     assert _command(ray, ["doctor"]) == (
-        "cd '/srv/it'\"'\"'s' && exec env MEMMC_PROGRESS=lines /opt/memmc/bin/memmc doctor"
+        f"cd '/srv/it'\"'\"'s' && exec env {who} /opt/memmc/bin/memmc doctor"
     )
 
 

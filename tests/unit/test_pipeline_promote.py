@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from memmc.cli.main import app
@@ -117,3 +118,10 @@ def test_what_is_not_promoted_ends_with_three():
     with pytest.raises(GateRefused, match="worse") as caught:
         end("refused", "worse", as_json=False)
     assert caught.value.exit_code == 3
+
+
+def test_a_submitted_job_ends_well_and_leaves_the_verdict_to_its_flow(monkeypatch):
+    with pytest.raises(typer.Exit):
+        end("waiting", "for a person", as_json=True)
+    monkeypatch.setenv("MEMMC_PROGRESS", "lines")
+    end("waiting", "for a person", as_json=True)
