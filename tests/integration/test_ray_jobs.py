@@ -16,7 +16,7 @@ from memmc.pipeline.results import ReportResult
 
 pytestmark = pytest.mark.slow
 
-CANARY = "SMITH^JOHN"
+CANARY = "QUARTZBERG^ZEBEDEE"
 COMMAND = f"""#!{sys.executable}
 import json, os, sys, time
 def say(**line): print(json.dumps(line), file=sys.stderr, flush=True)
