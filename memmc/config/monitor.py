@@ -30,7 +30,9 @@ class MonitorConfig(Section):
     uniform_above: Fraction = Field(
         default=0.2, description="Only p-values above this are asked to be uniform; abnormal images lie below."
     )
-    resamplings: int = Field(default=9_999, ge=999, description="Permutations behind a p-value; more than 25 scanners want more.")
+    resamplings: int = Field(
+        default=9_999, ge=999, description="Permutations behind a p-value; more than 25 scanners want more."
+    )
     seed: int = Field(default=0, ge=0, description="Of permutations, of images drawn and of canaries planted.")
     canary_scans: Positive = Field(default=24, description="Recent normal scans that lesions are planted into.")
     canary_sizes: tuple[Fraction, ...] = Field(

@@ -136,9 +136,7 @@ def test_opens_as_a_plain_delta_table(tmp_path):
     state |= {"passes": 4, "strata_columns": [], "strata": [{**pooled, "thresholds": [threshold]}]}
     state |= {"study_p_values": None, "map_level": 2.5, "normal_peaks": [1.0, 2.5]}
     stage = {"passes": 2, "low": 0.9, "high": 1.1, "scorer_state": b"\x02"}
-    state |= {
-        "early_stop": {"bound": 0.02, "thresholds": [{"stratum": "pooled", "threshold": 1.5}], "stages": [stage]}
-    }
+    state |= {"early_stop": {"bound": 0.02, "thresholds": [{"stratum": "pooled", "threshold": 1.5}], "stages": [stage]}}
     lake.append(CALIBRATIONS, pa.Table.from_pylist([state]))
     assert lake.read(CALIBRATIONS).to_pylist() == [state]
     assert DeltaTable(str(tmp_path / CALIBRATIONS)).to_pyarrow_table().to_pylist() == [state]

@@ -123,9 +123,7 @@ def test_the_command_is_one_shell_line_whatever_stands_in_it(monkeypatch):
         f"exec env {who} memmc score --cohort 'c; rm -rf /' --set 'lake.uri=/a b'"
     )
     ray = RayConfig(job_directory="/srv/it's", job_command="/opt/memmc/bin/memmc")
-    assert _command(ray, ["doctor"]) == (
-        f"cd '/srv/it'\"'\"'s' && exec env {who} /opt/memmc/bin/memmc doctor"
-    )
+    assert _command(ray, ["doctor"]) == (f"cd '/srv/it'\"'\"'s' && exec env {who} /opt/memmc/bin/memmc doctor")
 
 
 @pytest.mark.parametrize(
