@@ -6,25 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 PREFIX = "memmc.alarm."
-"""Every alarm is an event of this beginning; infra/automations.yaml listens for `memmc.alarm.*`."""
+"""Every alarm is an event of this beginning and a name of `memmc.monitoring.watch.TO_DO`; automations listen for it."""
 
 CALM = "memmc.monitor.calm"
 """A look that found nothing; its absence is what a proactive automation can listen for."""
-
-ALARMS = (
-    "no_data",
-    "constant_scores",
-    "broken_weights",
-    "no_champion",
-    "stale_alias",
-    "old_champion",
-    "scoring_backlog",
-    "quarantine_rate",
-    "golden_set",
-    "canary_sensitivity",
-    "drift",
-)
-"""Names of the alarms, as in `memmc.monitoring.watch.TO_DO`, which a test holds equal."""
 
 
 def events_of(result: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -6,12 +6,12 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 
-from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, given_place, is_transient, run_step
+from flows.calls import Overrides, call_flow, given_place, run_step
 from flows.cockpit import name_run
 from flows.naming import Cohort, artifact_key, run_name
 from flows.ray_job import on_cluster, stop_cluster_jobs
+from flows.tasks import ON_STORAGE
 from memmc.config import Config
 from memmc.errors import UsageError
 from memmc.pipeline.progress import Progress
@@ -73,15 +73,7 @@ def ingest_flow(
     return account
 
 
-@task(
-    name="ingest-objects",
-    retries=len(RETRY_DELAYS_S),
-    retry_delay_seconds=RETRY_DELAYS_S,
-    retry_condition_fn=is_transient,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    result_serializer="json",
-)
+@task(name="ingest-objects", **ON_STORAGE)
 def ingest_objects(
     source: str | None, cohort: str, config: Overrides | None, label: str | None, labels_file: str | None
 ) -> dict[str, Any]:

@@ -6,23 +6,14 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.cache_policies import NO_CACHE
 
-from flows.calls import RETRY_DELAYS_S, Overrides, is_transient, run_step
+from flows.calls import Overrides, run_step
 from flows.summary import as_markdown
+from flows.tasks import ON_STORAGE
 from memmc.config import Config
 from memmc.errors import IntegrityError
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.results import Result
-
-_ON_STORAGE: dict[str, Any] = {
-    "retries": len(RETRY_DELAYS_S),
-    "retry_delay_seconds": RETRY_DELAYS_S,
-    "retry_condition_fn": is_transient,
-    "cache_policy": NO_CACHE,
-    "persist_result": False,
-    "result_serializer": "json",
-}
 
 
 def _run_name() -> str:
@@ -53,7 +44,7 @@ def maintenance_flow(config: Overrides | None = None, vacuum: bool = True) -> di
     return verdict
 
 
-@task(name="verify-tables", **_ON_STORAGE)
+@task(name="verify-tables", **ON_STORAGE)
 def verify_tables(config: Overrides | None) -> dict[str, Any]:
     """Read every byte against its checksums and balance the account."""
 
@@ -65,7 +56,7 @@ def verify_tables(config: Overrides | None) -> dict[str, Any]:
     return run_step("verify-lake", config, step)
 
 
-@task(name="free-space", **_ON_STORAGE)
+@task(name="free-space", **ON_STORAGE)
 def free_space(config: Overrides | None) -> dict[str, Any]:
     """Delete what no version of the last `lake.vacuum_hours` refers to."""
 
@@ -78,7 +69,7 @@ def free_space(config: Overrides | None) -> dict[str, Any]:
     return run_step("vacuum-lake", config, step)
 
 
-@task(name="expire-checkpoints", **_ON_STORAGE)
+@task(name="expire-checkpoints", **ON_STORAGE)
 def expire_checkpoints(config: Overrides | None) -> dict[str, Any]:
     """Delete checkpoints of training runs silent for `lake.keep_checkpoints_days`."""
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from flows.alerts import events_of
-from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, is_transient, run_step
+from flows.calls import Overrides, call_flow, run_step
 from flows.cockpit import show_trend
 from flows.naming import Cohort, artifact_key, run_name
+from flows.tasks import ON_STORAGE
 from memmc.config import Config
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.results import Result
@@ -47,15 +47,7 @@ def monitor_flow(
     return found
 
 
-@task(
-    name="look",
-    retries=len(RETRY_DELAYS_S),
-    retry_delay_seconds=RETRY_DELAYS_S,
-    retry_condition_fn=is_transient,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    result_serializer="json",
-)
+@task(name="look", **ON_STORAGE)
 def look(cohort: str, model: str | None, config: Overrides | None, since: str | None) -> dict[str, Any]:
     """Look and keep what was found; a second try looks again."""
 

@@ -6,27 +6,18 @@ from typing import Any
 
 from prefect import flow, pause_flow_run, task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 
-from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, config_in_force, is_transient, run_step
+from flows.calls import Overrides, call_flow, config_in_force, run_step
 from flows.naming import Cohort, artifact_key, run_name
 from flows.ray_job import on_cluster, stop_cluster_jobs, submits_jobs
 from flows.summary import as_markdown
+from flows.tasks import DEAR, ON_STORAGE
 from memmc.config import Config
 from memmc.errors import GateRefused
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.results import Result
-
-_ON_STORAGE: dict[str, Any] = {
-    "retries": len(RETRY_DELAYS_S),
-    "retry_delay_seconds": RETRY_DELAYS_S,
-    "retry_condition_fn": is_transient,
-    "cache_policy": NO_CACHE,
-    "persist_result": False,
-    "result_serializer": "json",
-}
 
 
 class Approval(RunInput):
@@ -109,11 +100,7 @@ def ask(cohort: str, challenger: str, config: Overrides | None) -> Approval:
         ) from None
 
 
-# One more try at most: a worker that dies is Ray's to restart, and a second training is dear.
-_DEAR: dict[str, Any] = {**_ON_STORAGE, "retries": 1, "retry_delay_seconds": RETRY_DELAYS_S[:1]}
-
-
-@task(name="retrain-on-cluster", **_DEAR)
+@task(name="retrain-on-cluster", **DEAR)
 def in_one(cohort: str, approve: str | None, config: Overrides | None) -> dict[str, Any]:
     """Decide, train and judge as one Ray job, whose next try finds what the first has decided and trained."""
 
@@ -128,7 +115,7 @@ def in_one(cohort: str, approve: str | None, config: Overrides | None) -> dict[s
     return run_step(f"retrain-{cohort}", config, step)
 
 
-@task(name="decide-retraining", **_ON_STORAGE)
+@task(name="decide-retraining", **ON_STORAGE)
 def decide(cohort: str, config: Overrides | None) -> dict[str, Any]:
     """Screen new normals, look for drift, decide; a second try decides anew."""
 
@@ -140,7 +127,7 @@ def decide(cohort: str, config: Overrides | None) -> dict[str, Any]:
     return run_step(f"retrain-{cohort}", config, step)
 
 
-@task(name="train-challenger", **_DEAR)
+@task(name="train-challenger", **DEAR)
 def train(cohort: str, plan: dict[str, Any], config: Overrides | None) -> dict[str, Any]:
     """Train, calibrate and register a challenger."""
 
@@ -152,7 +139,7 @@ def train(cohort: str, plan: dict[str, Any], config: Overrides | None) -> dict[s
     return run_step(f"train-{cohort}", config, step)
 
 
-@task(name="judge-challenger", **_ON_STORAGE)
+@task(name="judge-challenger", **ON_STORAGE)
 def judge(cohort: str, challenger: str, approve: str | None, config: Overrides | None) -> dict[str, Any]:
     """Put the challenger through the gates; promote it if it passes and nobody has to agree first."""
 
@@ -169,7 +156,7 @@ def judge(cohort: str, challenger: str, approve: str | None, config: Overrides |
     return run_step(f"promote-{cohort}", config, step)
 
 
-@task(name="decline-challenger", **_ON_STORAGE)
+@task(name="decline-challenger", **ON_STORAGE)
 def decline(cohort: str, challenger: str, name: str, config: Overrides | None) -> dict[str, Any]:
     """Keep that a person said no."""
 

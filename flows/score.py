@@ -7,26 +7,17 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 
-from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, is_transient, run_step
+from flows.calls import Overrides, call_flow, run_step
 from flows.cockpit import name_run, show_most_abnormal, show_tracked
 from flows.naming import Cohort, artifact_key, run_name
 from flows.ray_job import on_cluster, stop_cluster_jobs
 from flows.summary import as_markdown
+from flows.tasks import ON_STORAGE
 from memmc.config import Config
 from memmc.errors import DataError
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.results import EvaluationResult, ReportResult, Result, ScoreResult
-
-_ON_STORAGE: dict[str, Any] = {
-    "retries": len(RETRY_DELAYS_S),
-    "retry_delay_seconds": RETRY_DELAYS_S,
-    "retry_condition_fn": is_transient,
-    "cache_policy": NO_CACHE,
-    "persist_result": False,
-    "result_serializer": "json",
-}
 
 
 def run(
@@ -89,7 +80,7 @@ def score_flow(
     return scored
 
 
-@task(name="score-instances", **_ON_STORAGE)
+@task(name="score-instances", **ON_STORAGE)
 def score_instances(
     cohort: str, model: str | None, config: Overrides | None, since: str | None = None, limit: int | None = None
 ) -> dict[str, Any]:
@@ -104,7 +95,7 @@ def score_instances(
     return run_step(f"score-{cohort}", config, job)
 
 
-@task(name="evaluate-model", **_ON_STORAGE)
+@task(name="evaluate-model", **ON_STORAGE)
 def evaluate_model(cohort: str, model: str, config: Overrides | None) -> dict[str, Any]:
     """Measure; an empty result when the cohort is not labelled."""
 
@@ -127,7 +118,7 @@ def evaluate_model(cohort: str, model: str, config: Overrides | None) -> dict[st
     return run_step(f"evaluate-{cohort}", config, step_or_nothing)
 
 
-@task(name="write-report", **_ON_STORAGE)
+@task(name="write-report", **ON_STORAGE)
 def write_report(cohort: str, model: str, config: Overrides | None) -> dict[str, Any]:
     """Write the report into the lake."""
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 
-from flows.calls import RETRY_DELAYS_S, Overrides, call_flow, is_transient, run_step
+from flows.calls import Overrides, call_flow, run_step
 from flows.cockpit import name_run, show_training
 from flows.naming import Cohort, artifact_key, run_name
 from flows.ray_job import on_cluster, stop_cluster_jobs
 from flows.summary import as_markdown
+from flows.tasks import DEAR
 from memmc.config import Config
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.results import TrainResult
@@ -45,16 +45,7 @@ def train_flow(cohort: Cohort, config: Overrides | None = None) -> dict[str, Any
     return trained
 
 
-# One more try at most: a worker that dies is Ray's to restart, and a second training is dear.
-@task(
-    name="train-model",
-    retries=1,
-    retry_delay_seconds=RETRY_DELAYS_S[:1],
-    retry_condition_fn=is_transient,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    result_serializer="json",
-)
+@task(name="train-model", **DEAR)
 def train_model(cohort: str, config: Overrides | None) -> dict[str, Any]:
     """Train, calibrate and register."""
 
