@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,6 +83,45 @@ def inside(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """The workspace, as the current directory."""
     monkeypatch.chdir(workspace.root)
     return workspace
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The embedded mode's folder with its server up, and the environment of a process that uses it.
+
+    One for all tests: Prefect keeps services for the process's life (concurrency
+    slots, logs, events) that go on asking the first server they have known. They
+    send what is left when the process ends, so the server ends after it, by itself.
+    """
+    from flows import embedded
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith("PREFECT_"):
+                patch.delenv(name)
+        before = dict(os.environ)
+        home = tmp_path_factory.mktemp("flows") / ".memmc"
+        embedded.prepare(home)
+        embedded.await_server()
+        used = {name: value for name, value in os.environ.items() if before.get(name) != value}
+        for name in used:
+            del os.environ[name]
+    atexit.unregister(embedded._started.pop().stop)
+    return home, used
+
+
+@pytest.fixture
+def home(prefect_server: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The embedded mode's folder; flows of this process run on its server, until the test is over."""
+    from prefect.context import refresh_global_settings_context
+
+    folder, environment = prefect_server
+    with monkeypatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        refresh_global_settings_context()
+        yield folder
+    refresh_global_settings_context()
 
 
 @pytest.fixture(scope="session")

@@ -25,20 +25,6 @@ SHIFT = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def home(tmp_path):
-    """The embedded mode's folder, with its server up; the environment is as before afterwards."""
-    from flows import embedded
-
-    before = dict(os.environ)
-    embedded.prepare(tmp_path / ".memmc")
-    embedded.await_server()
-    yield tmp_path / ".memmc"
-    embedded._started.pop().stop()
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def look(**change):
     fields = {"cohort": "cxr", "run": "watch-cxr-1", "model": "memmc-cxr/1", "calm": True, "alarms": []}
     return MonitorResult(**{**fields, "drift": {"shifts": [SHIFT]}, "canaries": {"curve": [{"size": 0.1}]}, **change})

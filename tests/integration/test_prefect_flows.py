@@ -49,21 +49,6 @@ class Listener(Silent):
         self.heard.append(("message", text))
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """The embedded mode's folder, with its server up; the environment is as before afterwards."""
-    from flows import embedded
-
-    before = dict(os.environ)
-    folder = tmp_path_factory.mktemp("work") / ".memmc"
-    embedded.prepare(folder)
-    embedded.await_server()
-    yield folder
-    embedded._started.pop().stop()
-    os.environ.clear()
-    os.environ.update(before)
-
-
 @pytest.fixture
 def client(home):
     from prefect import get_client

@@ -5,10 +5,9 @@ What the steps do is tested in test_retrain.py; here they only return what the f
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +33,6 @@ GATE = {"name": "auroc", "measured": 0.01, "limit": -0.02, "verdict": "pass", "w
 
 def verdict(outcome: str, approver: str | None = None) -> PromoteResult:
     return PromoteResult(MODEL, "cxr", "memmc-cxr/1", outcome, f"it is {outcome}", [GATE], "bob", approver, "d2")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The embedded mode's folder, with its server up; the environment is as before afterwards."""
-    from flows import embedded
-
-    before = dict(os.environ)
-    folder = tmp_path_factory.mktemp("retrain-flow") / ".memmc"
-    embedded.prepare(folder)
-    embedded.await_server()
-    yield folder
-    embedded._started.pop().stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture
