@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from feature_banks import padim, patch_core, patch_features
 from peer_networks import PEERS, Peer
-from quality_figures import MeanImage, Row, Store, batches, certain, control_lines, judged, markdown
+from quality_figures import Row, Store, batches, control_lines, judged, markdown
 from quality_model import LAST, fit, judge, parameters
 from quality_sets import QualitySet, read_set
 from torch import Tensor
@@ -33,6 +33,7 @@ from torch import Tensor
 from memmc.config import Config, load_config
 from memmc.model.artifact import load_model
 from memmc.scoring.masks import Reconstruction
+from memmc.scoring.mean_image import MeanImage
 from memmc.training.augment import augment, standardise
 from memmc.training.feed import CachedFeed
 from memmc.training.loop import step_seed
@@ -73,7 +74,7 @@ def judge_peer(peer: Peer, data: QualitySet) -> dict[str, Any]:
 
     def reconstruct(images_BCHW: Tensor, _names: Sequence[str]) -> Reconstruction:
         with torch.inference_mode():
-            return certain(peer.reconstruct(images_BCHW))
+            return Reconstruction.certain(peer.reconstruct(images_BCHW))
 
     scores, rate = judged(data, reconstruct)
     if peer.own_score is not None:
@@ -115,7 +116,7 @@ class Comparison:
         reference = f"{OURS}: {DEFAULT}"
         if reference not in lines:
             return "no run yet"
-        mean_image = judged(self._data, MeanImage(self._data))[0]
+        mean_image = judged(self._data, MeanImage(self._data.train.grey()))[0]
         lines |= {f"control: mean image: {score}": [values] for score, values in mean_image.items()}
         rows = {name: Row.of(self._data, values) for name, values in lines.items()}
         ours = rows[reference]

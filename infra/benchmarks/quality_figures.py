@@ -68,23 +68,6 @@ def judged(data: QualitySet, reconstruct: Reconstruct, scorers: Sequence[str] = 
     return scores, rates[0] if rates else float("nan")
 
 
-class MeanImage:
-    """What the training normals have in common, in place of a reconstruction: the score without a model."""
-
-    def __init__(self, data: QualitySet) -> None:
-        self._mean_1HW = torch.from_numpy(data.train.grey().mean(0, keepdims=True))
-
-    def __call__(self, images_BCHW: Tensor, _names: Sequence[str]) -> Reconstruction:
-        return certain(self._mean_1HW.expand_as(images_BCHW))
-
-
-def certain(expected_BCHW: Tensor) -> Reconstruction:
-    """Return a reconstruction made in one go."""
-    return Reconstruction(
-        expected_BCHW, torch.zeros_like(expected_BCHW), torch.ones(len(expected_BCHW), 1, dtype=torch.long)
-    )
-
-
 def control_lines(data: QualitySet) -> dict[str, float]:
     """Return the AUROC of what needs no model, either way round, best first."""
     found = {

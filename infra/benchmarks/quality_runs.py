@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_figures import MeanImage, Row, Store, control_lines, judged, markdown
+from quality_figures import Row, Store, control_lines, judged, markdown
 from quality_model import LAST, SELECTED, fit, judge, parameters
 from quality_sets import QualitySet, read_set
 
 from memmc.config import Config, ModelConfig, load_config
 from memmc.model.mae import MemMCMAE
+from memmc.scoring.mean_image import MeanImage
 
 SETS = ("cxr-kermany", "cxr-adult")
 PLAIN = {"memory_slots": 0, "cross_attention": False}
@@ -171,7 +172,9 @@ def _table(data: QualitySet, question: Question, made: Mapping[tuple[str, int], 
                 lines.append((f"{title}: {score}", [scores[score] for scores in with_it]))
     if not lines:
         return "no run yet"
-    lines += [(f"mean image: {score}", [values]) for score, values in judged(data, MeanImage(data))[0].items()]
+    lines += [
+        (f"mean image: {score}", [values]) for score, values in judged(data, MeanImage(data.train.grey()))[0].items()
+    ]
     rows = [(name, Row.of(data, scores)) for name, scores in lines]
     first = rows[0][1]
     cells = [(name, len(row.areas), row, "" if row is first else row.ahead_of(first)) for name, row in rows]

@@ -29,6 +29,7 @@ CONTROL_TITLES: Mapping[str, str] = {
     "knn_8x8": "distance to the 5 nearest training normals, 8 × 8 pixels",
     "mean_intensity": "mean intensity",
     "sharpness": "sharpness (mean horizontal gradient)",
+    "mean_image": "residual statistics around the mean of the training normals",
 }
 
 
@@ -56,7 +57,9 @@ class ControlResult:
 
 
 def control_scores(train: ArrayLike, test: ArrayLike) -> dict[str, FloatArray]:
-    """Return each control's raw score of each test image, (N,) per name.
+    """Return the raw score of each test image by each control that needs pixels alone, (N,) per name.
+
+    `mean_image` comes from `memmc.scoring.mean_image`: it uses the statistics of the default score.
 
     Args:
         train: (M, H, W) normal training images in [0, 1], M >= 2.

@@ -23,6 +23,7 @@ from memmc.pipeline.models import OpenModel
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.select import newest_calibration, normals, one_preparation, score_rows, unmet
 from memmc.scoring.maps import decode_map
+from memmc.scoring.mean_image import mean_image_scores
 from memmc.scoring.strata import POOLED, judge_of
 
 _CONTROL_NORMALS = 1000
@@ -88,8 +89,13 @@ def assess(
     }
     progress.stage("evaluate")
     evaluation = evaluate_scores(labels, values, flagged, patients, **settings)
-    raw = control_scores(_grey(_training_normals(config, lake, model)), _grey(read_images(lake, cohort, uids)))
-    controls = evaluate_controls(raw, labels, values, patients, **settings)
+    controls = evaluate_controls(
+        _control_scores(config, lake, model, calibration, read_images(lake, cohort, uids)),
+        labels,
+        values,
+        patients,
+        **settings,
+    )
     key, calibration_id = held_key(config, home_directory()), calibration["calibration_id"]
     drawn = read_boxes(boxes, key) if boxes else None
     known = read_masks(masks, key, config.data) if masks else {}
@@ -131,15 +137,21 @@ def one_preparation_id(rows: list[dict[str, Any]]) -> str:
     return str(one_preparation(rows)["preprocess_id"])
 
 
-def _training_normals(config: Config, lake: Lake, model: OpenModel) -> Images:
-    """Return at most 1,000 of the model's training images, drawn by the evaluation's seed."""
-    rows = normals(lake, model.cohort, "train", model.dataset_version)
-    uids = sorted(row["sop_instance_uid"] for row in rows)
+def _control_scores(
+    config: Config, lake: Lake, model: OpenModel, calibration: dict[str, Any], test_NHWC: Images
+) -> dict[str, Any]:
+    """Return the raw scores of all controls, (N,) per name, on grey images."""
+    seed, test_NHW = config.evaluate.seed, test_NHWC.mean(axis=-1)
+    train_NHW = _some_normals(lake, model.cohort, "train", model.dataset_version, seed)
+    held_NHW = _some_normals(lake, calibration["cohort"], "calibrate", calibration["dataset_version"], seed)
+    found = control_scores(train_NHW, test_NHW)
+    return {**found, "mean_image": mean_image_scores(config.score, train_NHW, held_NHW, test_NHW)}
+
+
+def _some_normals(lake: Lake, cohort: str, split: str, version: int, seed: int) -> Images:
+    """Return at most 1,000 grey images_NHW of a share's normals, drawn by a seed."""
+    uids = sorted(row["sop_instance_uid"] for row in normals(lake, cohort, split, version))
     if len(uids) > _CONTROL_NORMALS:
-        draw = np.random.default_rng(config.evaluate.seed).choice(len(uids), _CONTROL_NORMALS, replace=False)
+        draw = np.random.default_rng(seed).choice(len(uids), _CONTROL_NORMALS, replace=False)
         uids = [uids[index] for index in sorted(draw)]
-    return read_images(lake, model.cohort, uids, model.dataset_version)
-
-
-def _grey(images_NHWC: Images) -> Images:
-    return images_NHWC.mean(axis=-1)
+    return read_images(lake, cohort, uids, version).mean(axis=-1)

@@ -55,6 +55,12 @@ class Reconstruction:
     variance_BCHW: Tensor
     count_BL: Tensor
 
+    @classmethod
+    def certain(cls, expected_BCHW: Tensor) -> Reconstruction:
+        """Return a reconstruction made in one go, without passes."""
+        count_BL = torch.ones(len(expected_BCHW), 1, dtype=torch.long, device=expected_BCHW.device)
+        return cls(expected_BCHW, torch.zeros_like(expected_BCHW), count_BL)
+
     def rescale(self, mean: float | Tensor, std: float | Tensor) -> Reconstruction:
         """Undo the standardisation ``(x - mean) / std``; tensors must broadcast over (B, C, H, W)."""
         return Reconstruction(self.mean_BCHW * std + mean, self.variance_BCHW * std**2, self.count_BL)

@@ -1,0 +1,49 @@
+"""The score without a model: it finds what is unlike the normals, and equals the scorer fed with the mean image."""
+
+import numpy as np
+import pytest
+import torch
+
+from memmc.config import ScoreConfig
+from memmc.errors import DataError
+from memmc.evaluation.metrics import auroc
+from memmc.scoring.mean_image import MeanImage, mean_image_scores
+from memmc.scoring.residuals import ResidualStatistics, residual_features
+
+SCORE = ScoreConfig(grid=4, components=8)
+
+
+def normals(rng: np.random.Generator, num: int) -> np.ndarray:
+    """(N, 32, 32): one shape at varying brightness, and noise."""
+    shape = np.outer(np.hanning(32), np.hanning(32))
+    images = 0.3 + shape * rng.uniform(0.3, 0.5, (num, 1, 1)) + rng.normal(0, 0.02, (num, 32, 32))
+    return np.clip(images, 0, 1).astype(np.float32)
+
+
+def test_a_lesion_is_found_without_a_model():
+    rng = np.random.default_rng(0)
+    test = normals(rng, 60)
+    test[:30, 6:12, 6:12] += 0.15
+    scores = mean_image_scores(SCORE, normals(rng, 100), normals(rng, 120), test)
+    assert auroc(np.arange(60) < 30, scores) > 0.95
+
+
+def test_it_is_the_default_score_around_the_mean_image():
+    rng = np.random.default_rng(1)
+    train, held, test = normals(rng, 90), normals(rng, 70), normals(rng, 70)
+
+    def features(images: np.ndarray) -> np.ndarray:
+        images_BCHW = torch.from_numpy(images)[:, None]
+        return residual_features(images_BCHW, MeanImage(train)(images_BCHW), SCORE.grid)
+
+    expected = ResidualStatistics.fit(features(held), SCORE.components).distance(features(test))
+    # Whichever scorer the model uses: the control is the same.
+    for scorer in ("residual_statistics", "pasted_ms_ssim"):
+        config = SCORE.model_copy(update={"scorer": scorer})
+        np.testing.assert_allclose(mean_image_scores(config, train, held, test), expected, rtol=1e-6)
+
+
+def test_too_few_held_out_normals_are_refused():
+    images = normals(np.random.default_rng(2), 7)
+    with pytest.raises(DataError, match="expected at least 8"):
+        mean_image_scores(SCORE, images, images, images)
