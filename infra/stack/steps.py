@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect.deployments import run_deployment
 
+from memmc.cores import cores
 from memmc.phantom.hospital import write_hospital
 
 _NORMAL, _ABNORMAL, _BROKEN, _SEED = 240, 48, 7, 2026
@@ -47,9 +48,8 @@ def run(deployment: str, parameters: dict[str, Any]) -> bool:
 def main() -> int:
     """Generate, then run every deployment in turn."""
     work = Path(sys.argv[1])
-    cores = os.cpu_count() or 1
     write_hospital(
-        work / "hospital", num_normal=_NORMAL, num_abnormal=_ABNORMAL, num_broken=_BROKEN, seed=_SEED, workers=cores
+        work / "hospital", num_normal=_NORMAL, num_abnormal=_ABNORMAL, num_broken=_BROKEN, seed=_SEED, workers=cores()
     )
     return 0 if all(run(*each) for each in RUNS) else 1
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from memmc.cores import cores
 from memmc.phi.containers import Unreadable, View, is_sqlite, sqlite_views, views
 from memmc.phi.patterns import Match, Searcher
 from memmc.phi.planes import Item
@@ -85,7 +86,7 @@ class Scan:
             StorageError: an S3 object cannot be read.
         """
         done = 0
-        with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scan-phi") as pool:
+        with ThreadPoolExecutor(cores(), thread_name_prefix="scan-phi") as pool:
             waiting: list[tuple[Item, Future[_OfFile]]] = []
             for item in items:
                 waiting.append((item, pool.submit(self._item, item)))

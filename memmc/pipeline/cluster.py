@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memmc.config import Config
+from memmc.cores import cores
 from memmc.errors import MemmcError, UsageError
 from memmc.pipeline.cluster_job import takes_jobs
 
@@ -90,7 +91,7 @@ def ray_cluster(config: Config, home: Path, *, training: bool = True) -> Generat
     else:
         parent = _session_parent(home)
         ray.init(
-            num_cpus=config.ray.num_cpus or (os.cpu_count() or 2) + _SPARE_CPUS,
+            num_cpus=config.ray.num_cpus or cores() + _SPARE_CPUS,
             include_dashboard=training,
             dashboard_host="127.0.0.1",
             object_store_memory=_OBJECT_STORE_BYTES,
@@ -133,7 +134,7 @@ def tasks_at_once(config: Config) -> int | None:
 
     A private cluster has more logical CPUs than cores, for the sake of training.
     """
-    return None if config.ray.address else os.cpu_count() or 1
+    return None if config.ray.address else cores()
 
 
 def require_cpus(ray: Any, workers: int, use_gpu: bool) -> None:

@@ -8,7 +8,6 @@ repays, or other machines (infra/adr/0014-small-ingests-start-no-cluster.md).
 from __future__ import annotations
 
 import math
-import os
 import queue
 import sys
 import threading
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from memmc.config import Config
+from memmc.cores import cores
 from memmc.dicom.sandbox import Sandbox
 from memmc.pipeline.cluster import ray_cluster, tasks_at_once
 from memmc.pipeline.convert_chunk import (
@@ -64,8 +64,8 @@ def needs_cluster(config: Config, count: int) -> bool:
 
 def _here(config: Config, job: IngestJob, new: list[SourceObject], progress: Progress) -> list[WrittenShard]:
     """Convert in one sandbox per core, each fed by a thread."""
-    cores = os.cpu_count() or 1
-    chunks = _chunks(config, new, cores)
+    at_once = cores()
+    chunks = _chunks(config, new, at_once)
     stopped = threading.Event()
     idle: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
 
@@ -77,7 +77,7 @@ def _here(config: Config, job: IngestJob, new: list[SourceObject], progress: Pro
             idle.put(sandbox)
 
     with ExitStack() as stack:
-        threads = min(cores, len(chunks))
+        threads = min(at_once, len(chunks))
         for _ in range(threads):
             idle.put(stack.enter_context(Sandbox(job.policy)))
         pool = stack.enter_context(ThreadPoolExecutor(threads))

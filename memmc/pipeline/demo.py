@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memmc.config import Config
+from memmc.cores import cores
 from memmc.errors import DataError, ModelError
 from memmc.lake.tables import Lake
 from memmc.pipeline.cluster import ray_cluster
@@ -78,7 +78,7 @@ def run_demo(config: Config, out: Path, home: Path, progress: Progress, steps: S
         num_abnormal=_ABNORMAL,
         num_broken=_BROKEN,
         seed=_SEED,
-        workers=os.cpu_count() or 1,
+        workers=cores(),
         progress=lambda done, _total: progress.advance(done),
     )
     with ray_cluster(config, home):

@@ -14,6 +14,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from memmc.config import Config
+from memmc.cores import cores
 from memmc.errors import MemmcError
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.cluster_job import count_jobs, takes_jobs
@@ -89,7 +90,7 @@ def _packages() -> Finding:
 def _room() -> Finding:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     disk = shutil.disk_usage(Path.cwd()).free
-    found = f"{os.cpu_count()} cores, {memory >> 30} GiB memory, {disk >> 30} GiB disk free here"
+    found = f"{cores()} cores, {memory >> 30} GiB memory, {disk >> 30} GiB disk free here"
     if memory < _LEAST_MEMORY_BYTES:
         return found, f"at least {_LEAST_MEMORY_BYTES >> 30} GiB of memory are needed"
     return found, "" if disk >= _LEAST_DISK_BYTES else f"free {_LEAST_DISK_BYTES >> 30} GiB of disk"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from memmc.config import Config, load_config
+from memmc.cores import cores
 from memmc.errors import ConfigError, TrainingError, UsageError
 from memmc.lake.tables import Lake
 from memmc.pipeline.cluster import ray_cluster, require_cpus, tasks_at_once
@@ -205,11 +206,10 @@ def _tune(
     jobs: list[Any], source: Any, look_at: Any, at_once: int, name: str, storage: tuple[Any, str], recorder: Any
 ) -> dict[int, dict[str, Any]]:
     """Return the last report of each trial, and under `failure` what ended it early."""
-    import os
 
     from ray import tune
 
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    threads = max(1, cores() // at_once)
     trainable = tune.with_parameters(run_trial, jobs=jobs, source=source, look_at=look_at, threads=threads)
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from memmc.config import ScoreConfig
+from memmc.cores import cores
 from memmc.lake.schemas import SCHEMAS, SCORES
 from memmc.lake.stream import pixels_to_array
 from memmc.scoring.batching import LARGEST, find_batch_size
@@ -77,7 +77,7 @@ class Reconstructor:
         self._job = job
         self.device = torch.device("cuda" if job.use_gpu else "cpu")
         if not job.use_gpu:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.score.num_actors))
+            torch.set_num_threads(max(1, cores() // job.score.num_actors))
         with tempfile.TemporaryDirectory() as folder:
             for name, data in job.model_files.items():
                 Path(folder, name).write_bytes(data)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memmc.config import ModelConfig, TrainConfig
+from memmc.cores import cores
 from memmc.errors import DivergedError, MemmcError, TrainingError
 from memmc.training.source import ShardSource
 
@@ -198,7 +199,7 @@ def _worker(settings: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = get_device()
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(max(1, cores() // context.get_local_world_size()))
     torch.manual_seed(job.train.seed)
     model = _new_model(job, None if settings["weights"] is None else ray.get(settings["weights"])).to(device)
     feed = source.feed(job.train, rank)

@@ -12,6 +12,7 @@ import pytest
 from operation_plant import RayHead
 
 from memmc.config import Config, load_config
+from memmc.cores import cores
 from memmc.phantom.hospital import HospitalSummary, write_hospital
 from memmc.pipeline.results import IngestResult, TrainResult
 
@@ -39,7 +40,7 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> HospitalSummary:
         num_abnormal=NUM_ABNORMAL,
         num_broken=NUM_BROKEN,
         seed=5,
-        workers=os.cpu_count() or 1,
+        workers=cores(),
     )
 
 

@@ -72,7 +72,7 @@ def test_the_first_of_two_copies_is_stored_though_it_comes_back_last(place, monk
         return real(job, listed, sandbox)
 
     monkeypatch.setattr(convert_all, "convert_objects", late)
-    monkeypatch.setattr(convert_all.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(convert_all, "cores", lambda: 2)
     ingest(settings("ingest.objects_per_task=1"), "in", "c")
     rows = Lake("lake").read("instances", ["outcome", "object_key"]).to_pylist()
     outcome = {row["object_key"]: row["outcome"] for row in rows}
