@@ -68,7 +68,11 @@ class Site:
     def api(self, path, body=None, method=None):
         method = method or ("GET" if body is None else "POST")
         url = self.stack.url("prefect", f"/api/{path}")
-        answer = httpx.request(method, url, headers=basic(USER, self.stack.password), json=body, timeout=90)
+        for _ in range(30):  # SQLite is locked for a moment; Prefect's own client asks again too
+            answer = httpx.request(method, url, headers=basic(USER, self.stack.password), json=body, timeout=90)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(1)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 
