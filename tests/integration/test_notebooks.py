@@ -30,7 +30,7 @@ def scored(workspace):
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_a_notebook_runs_and_changes_nothing(scored, file, monkeypatch):
-    for name, value in {"WORK": scored.root, "LAKE": "lake", "COHORT": "cxr", "STEPS": 10}.items():
+    for name, value in {"WORK": scored.root, "LAKE": "lake", "COHORT": "cxr", "STEPS": 30}.items():
         monkeypatch.setenv(f"MEMMC_{name}", str(value))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = versions(scored.root / "lake")
