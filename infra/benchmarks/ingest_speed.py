@@ -1,6 +1,7 @@
 """Speed and memory of ingest on radiographs of real size, as ratios in one run.
 
-Every rate is of the same objects, one run after the other:
+Every rate is of the same objects, one after the other in each of ``--repeats`` rounds; medians of the rounds are
+compared. ``less start-up`` is the rate of the last three quarters: all objects less a run of the first quarter.
 
 * ``bare``: the pinned decoders called in one process per core, nothing else: the limit of this machine;
 * ``prepared``: the same, and grey scale and resize as ingest does them;
@@ -22,6 +23,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -156,19 +158,24 @@ def speed(args: argparse.Namespace, work: Path) -> bool:
     side = load_config().data.image_size
     in_bytes = sum(path.stat().st_size for path in paths)
     print(f"{len(paths)} objects of {args.side} px, {in_bytes / 2**20:.0f} MiB, {CORES} cores", flush=True)
-    seconds = {"bare": in_processes(bare, paths), "prepared": in_processes(prepared, paths)}
-    seconds["script"] = script(paths, work / "script.parquet", side)
     part = work / "part"
     part.mkdir()
     for path in paths[: len(paths) // 4]:
         shutil.copy(path, part)
-    (work / "a").mkdir()
-    (work / "b").mkdir()
-    some, _, _ = ingest(part, work / "a", *args.set)
-    total, account, _ = ingest(corpus, work / "b", *args.set)
-    rest = len(paths) - len(paths) // 4
-    seconds["ingest"], seconds["ingest, less start-up"] = total, (total - some) / rest * len(paths)
-    assert account["stored"] == len(paths), account
+    rounds: list[dict[str, float]] = []
+    for number in range(args.repeats):
+        found = {"bare": in_processes(bare, paths), "prepared": in_processes(prepared, paths)}
+        found["script"] = script(paths, work / "script.parquet", side)
+        places = [work / f"{name}{number}" for name in ("part", "all")]
+        for place in places:
+            place.mkdir()
+        some, _, _ = ingest(part, places[0], *args.set)
+        found["ingest"], account, _ = ingest(corpus, places[1], *args.set)
+        assert account["stored"] == len(paths), account
+        found["ingest, less start-up"] = (found["ingest"] - some) / (len(paths) - len(paths) // 4) * len(paths)
+        print(", ".join(f"{name} {value:.1f} s" for name, value in found.items()), flush=True)
+        rounds.append(found)
+    seconds = {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
     for name, value in seconds.items():
         print(f"{name:24} {value:8.2f} s {len(paths) / value:8.1f} objects/s", flush=True)
     to_limit, to_script = seconds["bare"] / seconds["ingest"], seconds["script"] / seconds["ingest"]
@@ -197,6 +204,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder of radiographs (.jpg, .png)")
     parser.add_argument("--objects", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", type=int, default=2048, help="px")
     parser.add_argument("--corpus", type=Path, help="keep the DICOM objects here and use them again")
     parser.add_argument("--memory", action="store_true", help="peak memory at 500 and 5,000 objects instead")

@@ -24,6 +24,7 @@ from memmc.pipeline.progress import Progress
 from memmc.pipeline.select import newest_calibration, normals, one_preparation, score_rows, unmet
 from memmc.scoring.maps import decode_map
 from memmc.scoring.mean_image import mean_image_scores
+from memmc.scoring.residuals import MIN_FIT
 from memmc.scoring.strata import POOLED, judge_of
 
 _CONTROL_NORMALS = 1000
@@ -89,13 +90,8 @@ def assess(
     }
     progress.stage("evaluate")
     evaluation = evaluate_scores(labels, values, flagged, patients, **settings)
-    controls = evaluate_controls(
-        _control_scores(config, lake, model, calibration, read_images(lake, cohort, uids)),
-        labels,
-        values,
-        patients,
-        **settings,
-    )
+    raw = _control_scores(config, lake, model, calibration, read_images(lake, cohort, uids).mean(axis=-1))
+    controls = evaluate_controls(raw, labels, values, patients, **settings)
     key, calibration_id = held_key(config, home_directory()), calibration["calibration_id"]
     drawn = read_boxes(boxes, key) if boxes else None
     known = read_masks(masks, key, config.data) if masks else {}
@@ -138,13 +134,15 @@ def one_preparation_id(rows: list[dict[str, Any]]) -> str:
 
 
 def _control_scores(
-    config: Config, lake: Lake, model: OpenModel, calibration: dict[str, Any], test_NHWC: Images
+    config: Config, lake: Lake, model: OpenModel, calibration: dict[str, Any], test_NHW: Images
 ) -> dict[str, Any]:
-    """Return the raw scores of all controls, (N,) per name, on grey images."""
-    seed, test_NHW = config.evaluate.seed, test_NHWC.mean(axis=-1)
+    """Return the raw scores of all controls, (N,) per name; too few held-out normals leave the mean image out."""
+    seed = config.evaluate.seed
     train_NHW = _some_normals(lake, model.cohort, "train", model.dataset_version, seed)
     held_NHW = _some_normals(lake, calibration["cohort"], "calibrate", calibration["dataset_version"], seed)
     found = control_scores(train_NHW, test_NHW)
+    if len(held_NHW) < MIN_FIT:
+        return found
     return {**found, "mean_image": mean_image_scores(config.score, train_NHW, held_NHW, test_NHW)}
 
 

@@ -5,7 +5,7 @@ What it finds, the statistics around a reconstruction find too. A model earns it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memmc.config import ScoreConfig
 from memmc.scoring.masks import Reconstruction
-from memmc.scoring.scorer import Features, make_scorer
+from memmc.scoring.residuals import ResidualStatistics, residual_features
 
 Grey = NDArray[np.floating]
 
@@ -36,6 +36,7 @@ def mean_image_scores(score: ScoreConfig, train_NHW: Grey, held_NHW: Grey, test_
     """Return (N,) residual statistics of test images around the mean image, as a model's are taken around its own.
 
     Args:
+        score: grid and components of the statistics; its scorer does not matter.
         train_NHW: normals whose mean stands for a reconstruction; all images in [0, 1] and of one size.
         held_NHW: the normals the model is calibrated on; the statistics are fitted on them.
 
@@ -43,14 +44,12 @@ def mean_image_scores(score: ScoreConfig, train_NHW: Grey, held_NHW: Grey, test_
         DataError: fewer than 8 held-out normals.
     """
     mean = MeanImage(train_NHW)
-    scorer = make_scorer(score.model_copy(update={"scorer": "residual_statistics"}))
 
-    def features(images_NHW: Grey) -> Features:
-        return Features.join([scorer.features(part, mean(part)) for part in _batches(images_NHW)])
+    def features(images_NHW: Grey) -> Grey:
+        parts: list[Grey] = []
+        for start in range(0, len(images_NHW), _BATCH):
+            images_BCHW = torch.from_numpy(images_NHW[start : start + _BATCH].astype(np.float32))[:, None]
+            parts.append(residual_features(images_BCHW, mean(images_BCHW), score.grid))
+        return np.concatenate(parts)
 
-    return scorer.fit(features(held_NHW)).score_features(features(test_NHW)).anomaly_score_B
-
-
-def _batches(images_NHW: Grey) -> Iterator[Tensor]:
-    for start in range(0, len(images_NHW), _BATCH):
-        yield torch.from_numpy(images_NHW[start : start + _BATCH].astype(np.float32))[:, None]
+    return ResidualStatistics.fit(features(held_NHW), score.components).distance(features(test_NHW))

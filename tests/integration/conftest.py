@@ -112,14 +112,15 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict
 
 
 @pytest.fixture
-def home(prefect_server: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home(prefect_server: tuple[Path, dict[str, str]]) -> Iterator[Path]:
     """The embedded mode's folder; flows of this process run on its server, until the test is over."""
-    from prefect.context import refresh_global_settings_context
-
     folder, environment = prefect_server
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
+        # Not before: prefect makes its home directory when it is imported.
+        from prefect.context import refresh_global_settings_context
+
         refresh_global_settings_context()
         yield folder
     refresh_global_settings_context()

@@ -69,6 +69,7 @@ def test_alarms_are_events_and_what_was_found_is_shown(home, tmp_path, monkeypat
 
 
 @pytest.mark.skipif(not os.environ.get("MEMMC_TEST_YEAR"), reason="takes ten minutes: set MEMMC_TEST_YEAR")
+@pytest.mark.timeout(1200)
 def test_a_short_year_goes_as_expected(tmp_path):
     command = [sys.executable, str(YEAR), "--weeks", "6", "--steps", "250", "--out", str(tmp_path / "year")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)

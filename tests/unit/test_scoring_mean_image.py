@@ -8,7 +8,7 @@ from memmc.config import ScoreConfig
 from memmc.errors import DataError
 from memmc.evaluation.metrics import auroc
 from memmc.scoring.mean_image import MeanImage, mean_image_scores
-from memmc.scoring.residuals import ResidualStatistics, residual_features
+from memmc.scoring.scorer import Features, make_scorer
 
 SCORE = ScoreConfig(grid=4, components=8)
 
@@ -32,11 +32,13 @@ def test_it_is_the_default_score_around_the_mean_image():
     rng = np.random.default_rng(1)
     train, held, test = normals(rng, 90), normals(rng, 70), normals(rng, 70)
 
-    def features(images: np.ndarray) -> np.ndarray:
-        images_BCHW = torch.from_numpy(images)[:, None]
-        return residual_features(images_BCHW, MeanImage(train)(images_BCHW), SCORE.grid)
+    scorer = make_scorer(SCORE)
 
-    expected = ResidualStatistics.fit(features(held), SCORE.components).distance(features(test))
+    def features(images: np.ndarray) -> Features:
+        images_BCHW = torch.from_numpy(images)[:, None]
+        return scorer.features(images_BCHW, MeanImage(train)(images_BCHW))
+
+    expected = scorer.fit(features(held)).score_features(features(test)).anomaly_score_B
     # Whichever scorer the model uses: the control is the same.
     for scorer in ("residual_statistics", "pasted_ms_ssim"):
         config = SCORE.model_copy(update={"scorer": scorer})
