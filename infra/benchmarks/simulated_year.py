@@ -43,7 +43,7 @@ from memmc.pipeline.score import score
 from memmc.pipeline.train import train
 
 COHORT, SIDE, PER_WEEK, FIRST = "year", 64, 40, 320
-START = datetime(2026, 1, 5, tzinfo=UTC)
+START = datetime(2025, 1, 6, tzinfo=UTC)  # verdicts bear the real time: the simulated one stays behind it
 # Share of the stream before and after the change of scanner; gain and blur of each maker's processing.
 BEFORE, AFTER = {"A": 0.4, "B": 0.35, "C": 0.25}, {"A": 0.4, "B": 0.35, "D": 0.25}
 LOOK = {"A": (1.0, 0.0), "B": (0.95, 0.0), "C": (1.0, 0.35), "D": (0.82, 0.8)}

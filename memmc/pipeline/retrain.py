@@ -251,16 +251,19 @@ def training_rows(lake: Lake, model: OpenModel, version: ModelVersion) -> list[d
 
 
 def pending(decisions: Sequence[Decision]) -> str | None:
-    """Return the newest trained challenger if no verdict on it was kept since.
+    """Return the newest trained challenger if no verdict was kept since, nor one on it at any time.
+
+    A verdict may seem older than the training before it, where the clocks of two hosts differ.
 
     Args:
         decisions: newest first.
     """
+    judged = {item.model for item in decisions if item.action in {"promote", "rollback"}}
     for item in decisions:
         if item.action in {"promote", "rollback"}:
             return None
         if item.outcome == "trained":
-            return item.model
+            return None if item.model in judged else item.model
     return None
 
 

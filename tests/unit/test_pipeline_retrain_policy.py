@@ -93,3 +93,5 @@ def test_a_challenger_waits_until_a_verdict_was_kept():
     assert pending([decision("retrain", "wait", None), trained]) == "memmc-cxr/2"
     assert pending([decision("promote", "refused", "memmc-cxr/2"), trained]) is None
     assert pending([decision("rollback", "rolled back", "memmc-cxr/1"), trained]) is None
+    assert pending([trained, decision("promote", "promoted", "memmc-cxr/2")]) is None  # the verdict's clock is behind
+    assert pending([trained, decision("promote", "refused", "memmc-cxr/1")]) == "memmc-cxr/2"
