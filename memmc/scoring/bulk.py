@@ -42,8 +42,9 @@ def score_shards(ray: Any, dataset: Any, job: ScoringJob, storage: Storage, map_
         map_bytes: of the maps of one image; bounds the rows of a shard.
     """
     rows = max(1, min(job.score.rows_per_shard, _SHARD_BYTES // max(1, map_bytes)))
+    # Without a CPU of its own: the actors may hold all, and shards would be written only once they are through.
     written = _actors(ray, dataset, job).map_batches(
-        _write, batch_size=rows, batch_format="pyarrow", fn_kwargs={"storage": storage}
+        _write, batch_size=rows, batch_format="pyarrow", fn_kwargs={"storage": storage}, num_cpus=0
     )
     for batch in written.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from (ShardFile(**json.loads(text)) for text in batch["shard"].to_pylist())

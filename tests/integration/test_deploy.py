@@ -349,3 +349,13 @@ def test_a_port_that_is_taken_is_said(tmp_path, monkeypatch):
         stack = Stack(tmp_path / "s")
         with pytest.raises(StackError, match="MEMMC_STACK_PREFECT_PORT"):
             stack.keeper.start(stack.services["prefect"])
+
+
+def test_the_tracking_server_of_the_stack_asks_for_the_password(site):
+    service = site.stack.services["mlflow"]
+    site.stack.keeper.start(service)
+    site.stack.keeper.wait(service)
+    url = site.stack.url("mlflow", "/api/2.0/mlflow/experiments/search")
+    assert httpx.post(url, json={"max_results": 1}).status_code == httpx.codes.UNAUTHORIZED
+    named = httpx.post(url, json={"max_results": 1}, headers=basic(USER, site.stack.password))
+    assert [each["name"] for each in named.json()["experiments"]] == ["Default"]
