@@ -40,6 +40,7 @@ def stream(
     filter: Filter | None = None,
     keys: Sequence[str] | ray.ObjectRef[Any] | None = None,
     shuffle_seed: int | None = None,
+    rows_per_block: int | None = None,
 ) -> Dataset:
     """Return the rows of committed shards as a lazy Ray dataset, every byte verified.
 
@@ -52,6 +53,8 @@ def stream(
         filter: which rows to keep.
         keys: `object_key`s to keep, or a reference to them as an Arrow array; rows of other keys are dropped.
         shuffle_seed: permutes the shards, the same way for the same seed; None keeps their order.
+        rows_per_block: at most so many rows in a block; asked for where `map_batches` with a batch size follows, which
+            Ray would else fuse with reading and feed as many *shards* as its batch has rows, all by one task.
 
     Raises:
         DataError: no shards, or an unknown column.
@@ -76,13 +79,14 @@ def stream(
     wanted = keys if keys is None or isinstance(keys, ray.ObjectRef) else ray.put(pa.array(keys, pa.string()))
     dataset = ray.data.from_items(items, override_num_blocks=max(1, min(parallelism, len(items))))
     task: Any = _read_task  # Ray's type of a batch function knows no further arguments
-    return dataset.map_batches(
+    rows = dataset.map_batches(
         task,
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
         fn_args=(storage, table, list(columns), dict(filter or {}), wanted),
     )
+    return rows if rows_per_block is None else rows.repartition(target_num_rows_per_block=rows_per_block)
 
 
 def _read_task(

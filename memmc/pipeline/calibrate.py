@@ -24,6 +24,7 @@ from memmc.pipeline.quality import gate
 from memmc.pipeline.results import CalibrationResult
 from memmc.pipeline.select import normals, one_preparation
 from memmc.scoring.actor import ScoringJob, model_files
+from memmc.scoring.batching import LARGEST
 from memmc.scoring.bulk import Keys, features_of, join_features, score_columns
 from memmc.scoring.calibration import smallest_rate, threshold_at
 from memmc.scoring.early_stop import StopRule, fit_early_stop
@@ -154,7 +155,7 @@ def _features(
     files = lake.files("instances", version, {"outcome": "stored", "split": "calibrate", "cohort": cohort})
     strata = config.calibrate.strata
     keys = [row["object_key"] for row in rows]
-    dataset = stream(lake.storage, files, score_columns(strata), parallelism=len(files), keys=keys)
+    dataset = stream(lake.storage, files, score_columns(strata), len(files), keys=keys, rows_per_block=LARGEST)
     job = ScoringJob(
         model_files(model.folder),
         config.score,

@@ -38,6 +38,7 @@ from memmc.quality.reference import fit_reference
 _SEEN = ("sop_instance_uid", "flags", "perceptual_hash", "thumbnail")
 _LOOKED_AT = ("sop_instance_uid", "rows", "columns", *PIXEL_COLUMNS)
 _FEW = 2000  # images that are sooner read here than a cluster is started
+_BLOCK = 256  # instances that one task looks at
 
 Row = dict[str, Any]
 
@@ -225,8 +226,9 @@ def _look(config: Config, lake: Lake, cohort: str, missing: dict[str, str], prog
     else:
         with ray_cluster(config, home_directory(), training=False):
             task: Any = partial(_look_at, rules=config.quality)
-            rows = stream(lake.storage, files, _LOOKED_AT, len(files), filter={"cohort": cohort}, keys=keys)
-            looked = rows.map_batches(task, batch_size=256, batch_format="pyarrow")
+            where = {"cohort": cohort}
+            rows = stream(lake.storage, files, _LOOKED_AT, len(files), filter=where, keys=keys, rows_per_block=_BLOCK)
+            looked = rows.map_batches(task, batch_size=_BLOCK, batch_format="pyarrow")
             _collect(looked.iter_batches(batch_size=None, batch_format="pyarrow"), found, progress)
     if found.keys() != missing.keys():
         raise DataError(f"{len(missing)} instances were to be gated, {len(found)} were read; run `memmc gate` again")

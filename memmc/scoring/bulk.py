@@ -44,7 +44,7 @@ def score_shards(ray: Any, dataset: Any, job: ScoringJob, storage: Storage, map_
     rows = max(1, min(job.score.rows_per_shard, _SHARD_BYTES // max(1, map_bytes)))
     # Without a CPU of its own: the actors may hold all, and shards would be written only once they are through.
     written = _actors(ray, dataset, job).map_batches(
-        _write, batch_size=rows, batch_format="pyarrow", fn_kwargs={"storage": storage}, num_cpus=0
+        _write, batch_size=rows, batch_format="pyarrow", fn_kwargs={"storage": storage}, num_cpus=0, concurrency=1
     )
     for batch in written.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from (ShardFile(**json.loads(text)) for text in batch["shard"].to_pylist())
