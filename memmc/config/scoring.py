@@ -44,7 +44,7 @@ class ScoreConfig(Section):
         default=1024, description="Scores written together, at most; large maps lower it further."
     )
     num_actors: Positive = Field(default=2, description="Scoring actors.")
-    grid: Positive = Field(default=4, description="Side of the coarse grid of residual features, cells [choice].")
+    grid: Positive = Field(default=8, description="Side of the coarse grid of residual features, cells [choice].")
     components: Positive = Field(default=16, description="Principal components of the residual statistics [choice].")
 
     @model_validator(mode="after")

@@ -3,8 +3,8 @@
 A masked autoencoder errs most where a healthy image has most detail, and least
 on the haze that hides it: the plain error is *lower* on smooth pathology than on
 healthy lungs. So the error is not summed but described, per cell of a coarse
-grid and per band of scales, and the description is judged against held-out
-normals by a low-rank Gaussian. The distance is two-sided: too little residual is
+grid and per band of scales, beside the detail the image has there, and the
+description is judged against held-out normals by a low-rank Gaussian. The distance is two-sided: too little residual is
 as unusual as too much [choice].
 
 Shape legend: B or N images, C channels, H and W pixels, F features, M map
@@ -61,15 +61,13 @@ def residual_features(images_BCHW: Tensor, reconstruction: Reconstruction, grid:
 def residual_vectors(images_BCHW: Tensor, expected_BCHW: Tensor, grid: int) -> Tensor:
     """Return (B, F) features of images in [0, 1] and their reconstruction in the same unit.
 
-    The signed mean residual in every cell of a 2 grid x 2 grid raster; and per cell of a grid x grid raster and per
-    band the log energy of the residual relative to the image's own there: the share of the detail that could not be
-    predicted from elsewhere. F = (4 + NUM_BANDS) grid^2 C.
+    Per cell of a grid x grid raster the log energy of the residual in each band and in the smooth rest, then of the
+    image itself in each band: what could not be predicted from elsewhere, and how much detail there was to predict.
+    The Gaussian of both weighs the one against the other as normals do. F = (2 NUM_BANDS + 1) grid^2 C [choice].
     """
-    residual_BCHW = images_BCHW - expected_BCHW
-    parts = [_cells(residual_BCHW, 2 * grid)]
-    for residual, image in zip(split_bands(residual_BCHW)[0], split_bands(images_BCHW)[0], strict=True):
-        parts.append(_log_energy(residual, grid) - _log_energy(image, grid))
-    return torch.cat(parts, dim=1)
+    residuals, rest_BCHW = split_bands(images_BCHW - expected_BCHW)
+    details, _ = split_bands(images_BCHW)
+    return torch.cat([_log_energy(band_BCHW, grid) for band_BCHW in [*residuals, rest_BCHW, *details]], dim=1)
 
 
 def residual_maps(images_BCHW: Tensor, reconstruction: Reconstruction) -> NDArray[np.float32]:

@@ -33,7 +33,7 @@ from memmc.scoring.residuals import (
     shrink_maps,
 )
 
-STATE_FORMAT = "1"
+STATE_FORMAT = "2"  # 1: energies of the residual by those of the image, and signed means
 RESIDUAL_SCORERS = ("residual_statistics", "residual_peak")
 PEAK_SHARE = 0.005
 METADATA_KEY = "memmc_scorer"

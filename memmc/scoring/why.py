@@ -103,11 +103,14 @@ def scale_shares(scorer: Scorer, features: Features, size_px: int) -> list[Share
     if scorer.name == "residual_peak":
         return _peak_shares(scorer.maps, features.maps_NMHW[0], size_px)
     shares_F = distance_shares(scorer.vectors, features.vectors_NF[0])
-    cells = scorer.grid**2 * len(shares_F) // ((4 + NUM_BANDS) * scorer.grid**2)  # of one band, all channels
-    edges = np.cumsum([4 * cells, *[cells] * (NUM_BANDS - 1)])
-    sigma = FINEST_SIGMA_SHARE * size_px
-    names = ["brightness", *(f"detail of about {sigma * 2**band:.1f} px" for band in range(NUM_BANDS))]
-    return [Share(name, float(part.sum())) for name, part in zip(names, np.split(shares_F, edges), strict=True)]
+    widths = [f"{FINEST_SIGMA_SHARE * size_px * 2**band:.1f} px" for band in range(NUM_BANDS)]
+    names = [
+        *(f"residual of about {width}" for width in widths),
+        "broad residual",
+        *(f"the image's own detail of about {width}" for width in widths),
+    ]
+    parts = np.split(shares_F, len(names))
+    return [Share(name, float(part.sum())) for name, part in zip(names, parts, strict=True)]
 
 
 def distance_shares(statistics: ResidualStatistics, features_F: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -396,12 +396,14 @@ def test_charts_stand_odd_data() -> None:
 
 
 def test_the_highest_flagged_are_explained():
-    reason = Reason(HOSTILE, b"\x89PNG", 0.004, 0.02, (("brightness", 0.61), ("detail of about 3 px", 0.22)), 0.913)
+    reason = Reason(
+        HOSTILE, b"\x89PNG", 0.004, 0.02, (("broad residual", 0.61), ("residual of about 3 px", 0.22)), 0.913
+    )
     page = render_report(
         dataclasses.replace(demo_report(), reasons=(reason, dataclasses.replace(reason, region_p_value=None)))
     )
     assert page.count("data:image/png;base64,iVBORw==") == 2
     assert "highest region p = 0.02" in page and "no region stands out" in page
-    assert "brightness 61%, detail of about 3 px 22% of the score" in page and "nearest normal patch 0.91" in page
+    assert "broad residual 61%, residual of about 3 px 22% of the score" in page and "nearest normal patch 0.91" in page
     assert "<script>" not in page
     assert "No scan was flagged, or nothing is kept" in render_report(demo_report())

@@ -70,7 +70,7 @@ def explanation(region: dict | None) -> dict:
         "patch": {"row": 0, "column": 3},
         "memory": [{"layer": 1, "head": 1, "slot": 2, "attention": 0.3, "attention_everywhere": 0.1}] if region else [],
         "nearest": [{"sop_instance_uid": "2.25.2", "row": 3, "column": 0, "similarity": 0.9}],
-        "scales": [{"part": "brightness", "share": 1.0}] if region else [],
+        "scales": [{"part": "broad residual", "share": 1.0}] if region else [],
         "levels": [0.5, 0.4] if region else [],
     }
 

@@ -44,16 +44,32 @@ def test_bands_of_a_larger_copy_are_the_larger_bands() -> None:
 
 def test_features_have_the_stated_length_and_see_place_and_scale() -> None:
     image = noise((1, 1, 64, 64))
-    expected = image.clone()
-    base = residual_features(image, reconstruction(expected + 0.01), 4)
-    assert base.shape == (1, (4 + NUM_BANDS) * 16)
+    expected = image - 0.01
+    base = residual_features(image, reconstruction(expected), 4)
+    assert base.shape == (1, (2 * NUM_BANDS + 1) * 16)
     assert base.dtype == np.float32
-    expected[..., :16, :16] -= 0.2  # first cell of the 4 x 4 raster, 2 x 2 cells of the finer one
-    changed = residual_features(image, reconstruction(expected + 0.01), 4)
-    signed = (changed - base)[0, :64].reshape(8, 8)
-    np.testing.assert_allclose(signed[:2, :2], 0.2, atol=1e-5)
-    assert np.abs(signed[2:, :]).max() < 1e-5
-    assert np.abs(signed[:, 2:]).max() < 1e-5
+    checks = 0.2 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2) - 0.1
+
+    def change(other: torch.Tensor) -> np.ndarray:
+        """(2 NUM_BANDS + 1, 4, 4): residual from fine to broad, then the image."""
+        return (residual_features(image, reconstruction(other), 4) - base).reshape(-1, 4, 4)
+
+    fine = expected.clone()
+    fine[..., :16, :16] += checks  # first cell of the raster
+    assert np.unravel_index(np.abs(change(fine)).argmax(), (2 * NUM_BANDS + 1, 4, 4)) == (0, 0, 0)
+    np.testing.assert_array_equal(change(fine)[NUM_BANDS + 1 :], 0)  # the image is as it was
+    broad = change(expected - 0.2)
+    assert broad[NUM_BANDS].min() > 1
+    np.testing.assert_allclose(np.delete(broad, NUM_BANDS, 0), 0, atol=1e-4)
+
+
+def test_energies_are_those_of_numpy() -> None:
+    image, expected = noise((1, 1, 32, 32)), noise((1, 1, 32, 32), seed=1)
+    found = residual_features(image, reconstruction(expected), 2)[0].reshape(-1, 2, 2)
+    band = split_bands(image - expected)[0][1][0, 0].numpy().astype(np.float64)
+    assert found[1, 1, 0] == pytest.approx(0.5 * np.log((band[16:, :16] ** 2).mean() + 1e-6), rel=1e-5)
+    detail = split_bands(image)[0][2][0, 0].numpy().astype(np.float64)
+    assert found[NUM_BANDS + 3, 0, 1] == pytest.approx(0.5 * np.log((detail[:16, 16:] ** 2).mean() + 1e-6), rel=1e-5)
 
 
 def test_too_little_residual_is_as_far_as_too_much() -> None:

@@ -37,7 +37,10 @@ def test_shares_are_those_of_the_dense_mahalanobis_distance() -> None:
 
 @pytest.mark.parametrize(
     ("scorer", "coarse", "fine"),
-    [("residual_statistics", "brightness", "detail of about 0.4"), ("residual_peak", "of about 2.6", "of about 0.6")],
+    [
+        ("residual_statistics", "broad residual", "residual of about 0.4"),
+        ("residual_peak", "of about 2.6", "of about 0.6"),
+    ],
 )
 def test_the_scale_of_a_planted_change_carries_the_score(scorer: str, coarse: str, fine: str) -> None:
     """A broad change of brightness is coarse, single bright pixels are fine."""
