@@ -151,6 +151,33 @@ def test_stream_gives_every_row_once(tmp_path, in_order):
 
 
 @pytest.mark.slow
+def test_large_batches_do_not_bring_all_shards_to_one_task(tmp_path, in_order):
+    """A batch of rows is larger than the number of shards: Ray, left alone, makes one task of all."""
+    lake = Lake(tmp_path)
+    for run in range(4):
+        lake.append(INSTANCES, instance_rows(60 * run, 60))
+    files = lake.files(INSTANCES, partitions={"outcome": "stored"})
+
+    def task_of(batch: pa.Table) -> pa.Table:
+        import ray
+
+        return pa.table({"task": [ray.get_runtime_context().get_task_id()], "rows": [batch.num_rows]})
+
+    def tasks(rows_per_block: int | None) -> tuple[int, int, int]:
+        """Tasks, rows and most rows of a batch."""
+        dataset = stream(lake.storage, files, ["object_key"], len(files), rows_per_block=rows_per_block)
+        found = pa.concat_tables(
+            dataset.map_batches(task_of, batch_size=16, batch_format="pyarrow").iter_batches(batch_format="pyarrow")
+        )
+        counts = found["rows"].to_pylist()
+        return len(set(found["task"].to_pylist())), sum(counts), max(counts)
+
+    assert tasks(None)[:2] == (1, 120), "Ray bundles by rows now; rows_per_block is no longer needed"
+    number, rows, most = tasks(16)
+    assert number >= rows // 32 and rows == 120 and most <= 16
+
+
+@pytest.mark.slow
 def test_a_flipped_bit_ends_the_stream(tmp_path, in_order):
     lake = Lake(tmp_path)
     lake.append(INSTANCES, instance_rows(num=60))
