@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memmc.config import ScoreConfig
 from memmc.scoring.masks import Reconstruction
-from memmc.scoring.residuals import ResidualStatistics, residual_features
+from memmc.scoring.residuals import ResidualStatistics, describe
 
 Grey = NDArray[np.floating]
 
@@ -49,7 +49,7 @@ def mean_image_scores(score: ScoreConfig, train_NHW: Grey, held_NHW: Grey, test_
         parts: list[Grey] = []
         for start in range(0, len(images_NHW), _BATCH):
             images_BCHW = torch.from_numpy(images_NHW[start : start + _BATCH].astype(np.float32))[:, None]
-            parts.append(residual_features(images_BCHW, mean(images_BCHW), score.grid))
+            parts.append(describe(images_BCHW, mean(images_BCHW), score.grid)[0])
         return np.concatenate(parts)
 
     return ResidualStatistics.fit(features(held_NHW), score.components).distance(features(test_NHW))

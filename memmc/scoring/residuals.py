@@ -13,7 +13,7 @@ channels, Q components.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,7 @@ FINEST_SIGMA_SHARE = 0.011  # of the side: 0.7 px at 64 px; doubled from band to
 ENERGY_FLOOR = 1e-6  # squared grey values in [0, 1]: one thousandth of the range
 MAP_SIDE = 64  # longer side at which maps of normals are kept, px
 MAP_SIGMA_SHARES = (0.02, 0.04, 0.08)  # of the side
+DETAIL_SIGMA_SHARE = 0.04  # over which a map takes the image's own detail, of the side
 MIN_FIT = 8
 STD_FLOOR = 1e-3  # of a feature: below it lies rounding, not anatomy
 Z_CLIP = 8.0
@@ -53,34 +54,36 @@ def split_bands(images_BCHW: Tensor) -> tuple[list[Tensor], Tensor]:
     return bands, smoother
 
 
-def residual_features(images_BCHW: Tensor, reconstruction: Reconstruction, grid: int) -> Floats:
-    """Return `residual_vectors` as an array."""
-    return residual_vectors(images_BCHW, reconstruction.mean_BCHW, grid).cpu().numpy().astype(np.float32)
+def describe(
+    images_BCHW: Tensor, reconstruction: Reconstruction, grid: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return `residual_vectors`, and `map_channels` shrunk, as arrays."""
+    expected_BCHW, (details, _) = reconstruction.mean_BCHW, split_bands(images_BCHW)
+    vectors_BF = residual_vectors(images_BCHW, expected_BCHW, details, grid)
+    return vectors_BF.float().cpu().numpy(), shrink_maps(map_channels(images_BCHW, expected_BCHW, details))
 
 
-def residual_vectors(images_BCHW: Tensor, expected_BCHW: Tensor, grid: int) -> Tensor:
-    """Return (B, F) features of images in [0, 1] and their reconstruction in the same unit.
+def residual_vectors(images_BCHW: Tensor, expected_BCHW: Tensor, details: Sequence[Tensor], grid: int) -> Tensor:
+    """Return (B, F) features of images in [0, 1], their reconstruction in the same unit and their bands (B, C, H, W).
 
     Per cell of a grid x grid raster the log energy of the residual in each band and in the smooth rest, then of the
     image itself in each band: what could not be predicted from elsewhere, and how much detail there was to predict.
     The Gaussian of both weighs the one against the other as normals do. F = (2 NUM_BANDS + 1) grid^2 C [choice].
     """
     residuals, rest_BCHW = split_bands(images_BCHW - expected_BCHW)
-    details, _ = split_bands(images_BCHW)
     return torch.cat([_log_energy(band_BCHW, grid) for band_BCHW in [*residuals, rest_BCHW, *details]], dim=1)
 
 
-def residual_maps(images_BCHW: Tensor, reconstruction: Reconstruction) -> NDArray[np.float32]:
-    """Return `smoothed_residuals`, shrunk, as an array."""
-    return shrink_maps(smoothed_residuals(images_BCHW, reconstruction.mean_BCHW))
+def map_channels(images_BCHW: Tensor, expected_BCHW: Tensor, details: Sequence[Tensor]) -> Tensor:
+    """Return (B, M, H, W): signed and absolute residual smoothed at each width, and the log energy of each band.
 
-
-def smoothed_residuals(images_BCHW: Tensor, expected_BCHW: Tensor) -> Tensor:
-    """Return (B, M, H, W): signed and absolute residual smoothed at each width."""
+    Arguments are those of `residual_vectors`.
+    """
     residual_BCHW = (images_BCHW - expected_BCHW).mean(1, keepdim=True)
     side = min(images_BCHW.shape[-2:])
     maps = [gaussian_blur(x, share * side) for share in MAP_SIGMA_SHARES for x in (residual_BCHW, residual_BCHW.abs())]
-    return torch.cat(maps, dim=1)
+    energies = [gaussian_blur(band.mean(1, keepdim=True).square(), DETAIL_SIGMA_SHARE * side) for band in details]
+    return torch.cat([*maps, *(_log(energy) for energy in energies)], dim=1)
 
 
 def shrink_maps(maps_BMHW: Tensor) -> NDArray[np.float32]:
@@ -173,32 +176,54 @@ class ResidualStatistics:
 
 @dataclass(frozen=True)
 class MapStatistics:
-    """Mean and standard deviation of every map pixel over normals, shape (M, h, w)."""
+    """A Gaussian over the map channels of every pixel.
+
+    Attributes:
+        mean_MHW, std_MHW: of the normals.
+        whitening_HWMM: lower triangular W, with W'W the inverse of the correlation of the standardised channels, shrunk
+            towards none by M / (M + N) [choice].
+    """
 
     mean_MHW: Floats
     std_MHW: Floats
+    whitening_HWMM: Floats
 
     @classmethod
     def fit(cls, maps_NMHW: Floats) -> MapStatistics:
         """Fit on normals; a deviation is not taken below a quarter of its map channel's median."""
+        count, channels, height, width = maps_NMHW.shape
         maps_NMHW = maps_NMHW.astype(np.float32)
-        std_MHW = maps_NMHW.std(0, ddof=1)
+        mean_MHW, std_MHW = maps_NMHW.mean(0), maps_NMHW.std(0, ddof=1)
         floor_M11 = 0.25 * np.median(std_MHW, axis=(1, 2), keepdims=True) + 1e-4
-        return cls(maps_NMHW.mean(0), np.maximum(std_MHW, floor_M11))
+        std_MHW = np.maximum(std_MHW, floor_M11)
+        shrinkage = channels / (channels + count)
+        whitening_HWMM = np.empty((height, width, channels, channels), np.float32)
+        for row in range(height):  # one at a time: standardised maps of all rows would take as much memory again
+            z_NMW = (maps_NMHW[:, :, row] - mean_MHW[:, row]) / std_MHW[:, row]
+            z_WMN = z_NMW.transpose(2, 1, 0).astype(np.float64)
+            correlation_WMM = z_WMN @ z_WMN.transpose(0, 2, 1) / (count - 1)
+            shrunk_WMM = (1 - shrinkage) * correlation_WMM + shrinkage * np.eye(channels)
+            whitening_HWMM[row] = np.linalg.inv(np.linalg.cholesky(shrunk_WMM))
+        return cls(mean_MHW, std_MHW, whitening_HWMM)
 
     def anomaly(self, maps_NMHW: Floats) -> NDArray[np.float32]:
-        """Return (N, h, w): root mean square over channels of the deviation from normal, in standard deviations."""
+        """Return (N, h, w): Mahalanobis distance of the channels from normal by the root of M, about 1 where normal."""
         z_NMHW = (maps_NMHW.astype(np.float32) - self.mean_MHW) / self.std_MHW
-        return np.sqrt((z_NMHW**2).mean(1)).astype(np.float32)
+        white_HWMN = self.whitening_HWMM.astype(np.float32) @ z_NMHW.transpose(2, 3, 1, 0)
+        return np.ascontiguousarray(np.sqrt((white_HWMN**2).mean(2)).transpose(2, 0, 1))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return the arrays that `from_state` takes back."""
-        return {"map_mean_MHW": self.mean_MHW, "map_std_MHW": self.std_MHW}
+        return {
+            "map_mean_MHW": self.mean_MHW,
+            "map_std_MHW": self.std_MHW,
+            "map_whitening_HWMM": self.whitening_HWMM,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> MapStatistics:
         """Return the statistics that `state_dict` described."""
-        return cls(state["map_mean_MHW"], state["map_std_MHW"])
+        return cls(state["map_mean_MHW"], state["map_std_MHW"], state["map_whitening_HWMM"])
 
 
 def _cells(maps_BCHW: Tensor, grid: int) -> Tensor:
@@ -206,7 +231,11 @@ def _cells(maps_BCHW: Tensor, grid: int) -> Tensor:
 
 
 def _log_energy(band_BCHW: Tensor, grid: int) -> Tensor:
-    return 0.5 * torch.log(_cells(band_BCHW.square(), grid) + ENERGY_FLOOR)
+    return _log(_cells(band_BCHW.square(), grid))
+
+
+def _log(energies: Tensor) -> Tensor:
+    return 0.5 * torch.log(energies + ENERGY_FLOOR)
 
 
 def _standardise(features_NF: Floats, mean_F: Floats, std_F: Floats) -> Floats:

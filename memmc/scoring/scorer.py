@@ -28,8 +28,7 @@ from memmc.scoring.masks import PastedReconstruction, Reconstruction
 from memmc.scoring.residuals import (
     MapStatistics,
     ResidualStatistics,
-    residual_features,
-    residual_maps,
+    describe,
     shrink_maps,
 )
 
@@ -235,14 +234,9 @@ class ResidualStatisticsScorer(Scorer):
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor, reconstruction: Reconstruction) -> Features:
-        """Return residual features and smoothed residual maps."""
-        images_BCHW = images_BCHW.float()
-        return Features(
-            residual_features(images_BCHW, reconstruction, self.grid),
-            residual_maps(images_BCHW, reconstruction),
-            _spread(reconstruction),
-            _size(images_BCHW),
-        )
+        """Return `describe`d images."""
+        vectors_BF, maps_BMHW = describe(images_BCHW.float(), reconstruction, self.grid)
+        return Features(vectors_BF, maps_BMHW, _spread(reconstruction), _size(images_BCHW))
 
     def fit(self, normals: Features) -> ResidualStatisticsScorer:
         """Return the scorer with statistics of these normals."""

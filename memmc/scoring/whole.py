@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from memmc.errors import DataError
 from memmc.model.artifact import LoadedModel
 from memmc.model.masking import mask_from_ids_keep
-from memmc.scoring.residuals import Z_CLIP, residual_vectors, shrunk, smoothed_residuals
+from memmc.scoring.residuals import Z_CLIP, map_channels, residual_vectors, shrunk, split_bands
 from memmc.scoring.scorer import PEAK_SHARE, ResidualStatisticsScorer, Scorer, SimilarityScorer
 
 
@@ -93,6 +93,7 @@ class ResidualHead(nn.Module):
     variance_Q: Tensor
     map_mean_MHW: Tensor
     map_std_MHW: Tensor
+    map_whitening_HWMM: Tensor
 
     def __init__(self, scorer: ResidualStatisticsScorer) -> None:
         super().__init__()
@@ -102,19 +103,22 @@ class ResidualHead(nn.Module):
         self.grid, self.noise_variance, self.peak = scorer.grid, vectors.noise_variance, scorer.name == "residual_peak"
         for name in ("mean_F", "std_F", "basis_QF", "variance_Q"):
             self.register_buffer(name, torch.from_numpy(np.asarray(getattr(vectors, name), np.float64)))
-        self.register_buffer("map_mean_MHW", torch.from_numpy(np.asarray(maps.mean_MHW, np.float32)))
-        self.register_buffer("map_std_MHW", torch.from_numpy(np.asarray(maps.std_MHW, np.float32)))
+        for name in ("mean_MHW", "std_MHW", "whitening_HWMM"):
+            self.register_buffer(f"map_{name}", torch.from_numpy(np.asarray(getattr(maps, name), np.float32)))
 
     def forward(self, images_BCHW: Tensor, expected_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores (B,) float64 and maps (B, H, W) float32."""
-        maps_BMhw = shrunk(smoothed_residuals(images_BCHW, expected_BCHW)).float()
-        map_Bhw = ((maps_BMhw - self.map_mean_MHW) / self.map_std_MHW).square().mean(1).sqrt()
+        details, _ = split_bands(images_BCHW)
+        maps_BMhw = shrunk(map_channels(images_BCHW, expected_BCHW, details))
+        z_BMhw = (maps_BMhw - self.map_mean_MHW) / self.map_std_MHW
+        white_hwMB = self.map_whitening_HWMM @ z_BMhw.permute(2, 3, 1, 0)
+        map_Bhw = white_hwMB.square().mean(2).sqrt().permute(2, 0, 1)
         if self.peak:
             flat_BP = map_Bhw.flatten(1).double()
             count = max(1, round(PEAK_SHARE * flat_BP.shape[1]))
             score_B = flat_BP.topk(count, dim=1).values.mean(1)
         else:
-            score_B = self.distance(residual_vectors(images_BCHW, expected_BCHW, self.grid).double())
+            score_B = self.distance(residual_vectors(images_BCHW, expected_BCHW, details, self.grid).double())
         return score_B, enlarged(map_Bhw, images_BCHW.shape[2], images_BCHW.shape[3])
 
     def distance(self, features_BF: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def scale_shares(scorer: Scorer, features: Features, size_px: int) -> list[Share
     if scorer.name == "residual_peak":
         return _peak_shares(scorer.maps, features.maps_NMHW[0], size_px)
     shares_F = distance_shares(scorer.vectors, features.vectors_NF[0])
-    widths = [f"{FINEST_SIGMA_SHARE * size_px * 2**band:.1f} px" for band in range(NUM_BANDS)]
+    widths = _band_widths(size_px)
     names = [
         *(f"residual of about {width}" for width in widths),
         "broad residual",
@@ -128,17 +128,24 @@ def distance_shares(statistics: ResidualStatistics, features_F: NDArray[np.float
 
 
 def _peak_shares(statistics: MapStatistics, maps_MHW: NDArray[np.floating], size_px: int) -> list[Share]:
-    """Return the parts of the map channels in the squared height of the peak."""
-    square_MHW = ((maps_MHW.astype(np.float64) - statistics.mean_MHW) / statistics.std_MHW) ** 2
-    flat_MP = square_MHW.reshape(len(square_MHW), -1)
-    count = max(1, round(PEAK_SHARE * flat_MP.shape[1]))
-    total_M = flat_MP[:, np.argsort(flat_MP.mean(0))[-count:]].sum(1)
+    """Return the parts of the map channels in the squared height of the peak, dealt out as in `distance_shares`."""
+    z_MP = ((maps_MHW.astype(np.float64) - statistics.mean_MHW) / statistics.std_MHW).reshape(len(maps_MHW), -1)
+    whitening_PMM = statistics.whitening_HWMM.reshape(-1, len(z_MP), len(z_MP)).astype(np.float64)
+    white_PM1 = whitening_PMM @ z_MP.T[..., None]
+    parts_MP = z_MP * (whitening_PMM.transpose(0, 2, 1) @ white_PM1)[..., 0].T
+    count = max(1, round(PEAK_SHARE * z_MP.shape[1]))
+    total_M = parts_MP[:, np.argsort(parts_MP.sum(0))[-count:]].sum(1)
     names = [
         f"{kind} of about {share * size_px:.1f} px"
         for share in MAP_SIGMA_SHARES
         for kind in ("signed residual", "size of residual")
     ]
+    names += [f"the image's own detail of about {width}" for width in _band_widths(size_px)]
     return [Share(name, float(part)) for name, part in zip(names, total_M / max(total_M.sum(), 1e-12), strict=True)]
+
+
+def _band_widths(size_px: int) -> list[str]:
+    return [f"{FINEST_SIGMA_SHARE * size_px * 2**band:.1f} px" for band in range(NUM_BANDS)]
 
 
 @contextmanager

@@ -13,8 +13,7 @@ from memmc.scoring.residuals import (
     NUM_BANDS,
     MapStatistics,
     ResidualStatistics,
-    residual_features,
-    residual_maps,
+    describe,
     split_bands,
 )
 
@@ -45,14 +44,14 @@ def test_bands_of_a_larger_copy_are_the_larger_bands() -> None:
 def test_features_have_the_stated_length_and_see_place_and_scale() -> None:
     image = noise((1, 1, 64, 64))
     expected = image - 0.01
-    base = residual_features(image, reconstruction(expected), 4)
+    base = describe(image, reconstruction(expected), 4)[0]
     assert base.shape == (1, (2 * NUM_BANDS + 1) * 16)
     assert base.dtype == np.float32
     checks = 0.2 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2) - 0.1
 
     def change(other: torch.Tensor) -> np.ndarray:
         """(2 NUM_BANDS + 1, 4, 4): residual from fine to broad, then the image."""
-        return (residual_features(image, reconstruction(other), 4) - base).reshape(-1, 4, 4)
+        return (describe(image, reconstruction(other), 4)[0] - base).reshape(-1, 4, 4)
 
     fine = expected.clone()
     fine[..., :16, :16] += checks  # first cell of the raster
@@ -65,7 +64,7 @@ def test_features_have_the_stated_length_and_see_place_and_scale() -> None:
 
 def test_energies_are_those_of_numpy() -> None:
     image, expected = noise((1, 1, 32, 32)), noise((1, 1, 32, 32), seed=1)
-    found = residual_features(image, reconstruction(expected), 2)[0].reshape(-1, 2, 2)
+    found = describe(image, reconstruction(expected), 2)[0][0].reshape(-1, 2, 2)
     band = split_bands(image - expected)[0][1][0, 0].numpy().astype(np.float64)
     assert found[1, 1, 0] == pytest.approx(0.5 * np.log((band[16:, :16] ** 2).mean() + 1e-6), rel=1e-5)
     detail = split_bands(image)[0][2][0, 0].numpy().astype(np.float64)
@@ -141,8 +140,8 @@ def test_map_statistics_find_the_odd_place() -> None:
     images = noise((31, 1, 64, 64), seed=6)
     expected = images + 0.02 * (noise((31, 1, 64, 64), seed=7) - 0.5)
     expected[30, :, 40:56, 8:24] += 0.1
-    maps = residual_maps(images, reconstruction(expected))
-    assert maps.shape == (31, 6, 64, 64)
+    maps = describe(images, reconstruction(expected), 4)[1]
+    assert maps.shape == (31, 10, 64, 64)
     assert maps.dtype == np.float32
     anomaly = MapStatistics.fit(maps[:30]).anomaly(maps)
     assert anomaly.shape == (31, 64, 64)
@@ -153,6 +152,27 @@ def test_map_statistics_find_the_odd_place() -> None:
     assert anomaly[30].max() > 3 * anomaly[:30].max(axis=(1, 2)).mean()
 
 
+def test_map_anomaly_equals_the_dense_mahalanobis_distance() -> None:
+    rng = np.random.default_rng(8)
+    mixing = rng.normal(size=(3, 3))
+    maps = np.einsum("mk,nkhw->nmhw", mixing, rng.normal(size=(50, 3, 4, 5))).astype(np.float32)
+    fitted = MapStatistics.fit(maps)
+    pixel = maps[:, :, 2, 1].astype(np.float64)
+    std = np.maximum(pixel.std(0, ddof=1), 0.25 * np.median(maps.std(0, ddof=1), axis=(1, 2)) + 1e-4)
+    z = (pixel - pixel.mean(0)) / std
+    correlation = (50 * z.T @ z / 49 + 3 * np.eye(3)) / 53
+    expected = np.sqrt(np.einsum("nm,mk,nk->n", z, np.linalg.inv(correlation), z) / 3)
+    np.testing.assert_allclose(fitted.anomaly(maps)[:, 2, 1], expected, rtol=1e-4)
+
+
+def test_a_map_channel_that_never_changes_does_no_harm() -> None:
+    maps = np.random.default_rng(9).normal(size=(12, 3, 4, 4)).astype(np.float32)
+    maps[:, 1] = 0.5
+    anomaly = MapStatistics.fit(maps).anomaly(maps)
+    assert np.isfinite(anomaly).all()
+    assert 0.3 < anomaly.mean() < 1.5
+
+
 def test_maps_of_large_images_are_kept_small() -> None:
     images = noise((1, 3, 160, 200))
-    assert residual_maps(images, reconstruction(images)).shape == (1, 6, 51, 64)
+    assert describe(images, reconstruction(images), 4)[1].shape == (1, 10, 51, 64)

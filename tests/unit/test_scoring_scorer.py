@@ -125,7 +125,7 @@ def test_features_join_and_take() -> None:
 def test_features_of_a_large_image_stay_small() -> None:
     scorer = scorer_of("residual_statistics")
     features = scorer.features(*cases(1, 0, size=224))
-    assert features.vectors_NF.nbytes + features.maps_NMHW.nbytes < 110_000
+    assert features.vectors_NF.nbytes + features.maps_NMHW.nbytes < 190_000
     fitted = scorer.fit(scorer.features(*cases(12, 1, size=224)))
     assert fitted.score_features(features).anomaly_map_BHW.shape == (1, 224, 224)
 

@@ -39,7 +39,7 @@ def test_shares_are_those_of_the_dense_mahalanobis_distance() -> None:
     ("scorer", "coarse", "fine"),
     [
         ("residual_statistics", "broad residual", "residual of about 0.4"),
-        ("residual_peak", "of about 2.6", "of about 0.6"),
+        ("residual_peak", "of about 2.6", "detail of about 0.4"),
     ],
 )
 def test_the_scale_of_a_planted_change_carries_the_score(scorer: str, coarse: str, fine: str) -> None:
