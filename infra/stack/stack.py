@@ -247,7 +247,6 @@ class Stack:
             "cockpit": {"pixels": True},  # the scans are generated
             "train": {"max_minutes": float(os.environ.get("MEMMC_STACK_TRAIN_MINUTES", "1.5"))},
             "model": {"decoder_depth": 2},
-            "score": {"scorer": "residual_peak"},
             "split": {"train": 0.64, "calibrate": 0.18, "test": 0.18},
             "calibrate": {"false_positive_rate": 0.10},
         }

@@ -8,7 +8,17 @@ from pydantic import Field, model_validator
 
 from memmc.config.section import Fraction, Positive, Section
 
-ScorerName = Literal["residual_statistics", "residual_peak", "l1", "mse", "ssim", "ms_ssim", "gms", "pasted_ms_ssim"]
+ScorerName = Literal[
+    "residual_whole_or_peak",
+    "residual_statistics",
+    "residual_peak",
+    "l1",
+    "mse",
+    "ssim",
+    "ms_ssim",
+    "gms",
+    "pasted_ms_ssim",
+]
 
 StratumColumn = Literal[
     "modality", "manufacturer", "manufacturer_model", "view_position", "body_part", "laterality", "patient_sex"
@@ -19,9 +29,10 @@ class ScoreConfig(Section):
     """How an image is scored."""
 
     scorer: ScorerName = Field(
-        default="residual_statistics",
-        description="All take complementary masks but pasted_ms_ssim, the paper's: random masks (10 passes there), the "
-        "predictions pasted into the image, 1 - MS-SSIM averaged over the passes.",
+        default="residual_whole_or_peak",
+        description="residual_statistics judges the whole image, residual_peak its oddest place, the default the more "
+        "unusual of the two. All take complementary masks but pasted_ms_ssim, the paper's: random masks (10 passes "
+        "there), the predictions pasted into the image, 1 - MS-SSIM averaged over the passes.",
     )
     passes: Positive = Field(
         default=4,

@@ -48,7 +48,6 @@ def demo_overrides(minutes: float, lake: str) -> list[str]:
     return [
         f"lake.uri={lake}",
         f"train.max_minutes={minutes}",
-        "score.scorer=residual_peak",  # the demo's lesions change one place, not the whole image
         "model.decoder_depth=2",  # half the time of a step; learns more in a few minutes
         "split.train=0.64",
         "split.calibrate=0.18",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memmc.config import ScoreConfig
 from memmc.scoring.masks import Reconstruction
-from memmc.scoring.residuals import ResidualStatistics, describe
+from memmc.scoring.scorer import Features, make_scorer
 
 Grey = NDArray[np.floating]
 
@@ -33,7 +33,7 @@ class MeanImage:
 
 
 def mean_image_scores(score: ScoreConfig, train_NHW: Grey, held_NHW: Grey, test_NHW: Grey) -> NDArray[np.float64]:
-    """Return (N,) residual statistics of test images around the mean image, as a model's are taken around its own.
+    """Return (N,) default scores of test images around the mean image, as a model's are taken around its own.
 
     Args:
         score: grid and components of the statistics; its scorer does not matter.
@@ -43,13 +43,13 @@ def mean_image_scores(score: ScoreConfig, train_NHW: Grey, held_NHW: Grey, test_
     Raises:
         DataError: fewer than 8 held-out normals.
     """
-    mean = MeanImage(train_NHW)
+    mean, scorer = MeanImage(train_NHW), make_scorer(ScoreConfig(grid=score.grid, components=score.components))
 
-    def features(images_NHW: Grey) -> Grey:
-        parts: list[Grey] = []
+    def features(images_NHW: Grey) -> Features:
+        parts: list[Features] = []
         for start in range(0, len(images_NHW), _BATCH):
             images_BCHW = torch.from_numpy(images_NHW[start : start + _BATCH].astype(np.float32))[:, None]
-            parts.append(describe(images_BCHW, mean(images_BCHW), score.grid)[0])
-        return np.concatenate(parts)
+            parts.append(scorer.features(images_BCHW, mean(images_BCHW)))
+        return Features.join(parts)
 
-    return ResidualStatistics.fit(features(held_NHW), score.components).distance(features(test_NHW))
+    return scorer.fit(features(held_NHW)).score_features(features(test_NHW)).anomaly_score_B

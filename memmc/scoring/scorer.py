@@ -25,16 +25,15 @@ from memmc.errors import DataError, IntegrityError, UsageError
 from memmc.scoring import similarity
 from memmc.scoring.maps import map_scale
 from memmc.scoring.masks import PastedReconstruction, Reconstruction
-from memmc.scoring.residuals import (
-    MapStatistics,
-    ResidualStatistics,
-    describe,
-    shrink_maps,
-)
+from memmc.scoring.residuals import MIN_FIT, MapStatistics, ResidualStatistics, describe, shrink_maps
 
 STATE_FORMAT = "2"  # 1: energies of the residual by those of the image, and signed means
-RESIDUAL_SCORERS = ("residual_statistics", "residual_peak")
+WHOLE_OR_PEAK: ScorerName = "residual_whole_or_peak"
+RESIDUAL_SCORERS: tuple[ScorerName, ...] = (WHOLE_OR_PEAK, "residual_statistics", "residual_peak")
 PEAK_SHARE = 0.005
+PEAK_HANDICAP = 1.0  # standard deviations that a place must be odder than the whole before it counts [choice]
+_SCALE_IMAGES, _SCALE_FOLDS = 400, 5
+LOWEST = 1e-12  # of what has a logarithm
 METADATA_KEY = "memmc_scorer"
 
 
@@ -115,6 +114,10 @@ class Scorer(ABC):
         Raises:
             DataError: too few normals.
         """
+
+    def prepare(self, normals: Features) -> Scorer:
+        """Return this scorer with what all its fits on parts of these normals should have in common; before `fit`."""
+        return self
 
     @abstractmethod
     def score_features(self, features: Features) -> ScoreBatch:
@@ -224,13 +227,20 @@ class ResidualStatisticsScorer(Scorer):
 
     `residual_statistics` is the distance of the whole image, and finds what changes much of it (pneumonia).
     `residual_peak` is the height of the map's peak, and finds what changes one place (a nodule).
+    `residual_whole_or_peak` is the distance, or the peak on the distance's scale where that is higher.
+
+    Attributes:
+        grid, components: of `ResidualStatistics`.
+        vectors, maps: once fitted.
+        peak_scale: intercept and slope that bring the logarithm of a peak to that of a distance.
     """
 
     grid: int
     components: int
     vectors: ResidualStatistics | None = None
     maps: MapStatistics | None = None
-    name: ScorerName = "residual_statistics"
+    name: ScorerName = WHOLE_OR_PEAK
+    peak_scale: tuple[float, float] | None = None
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor, reconstruction: Reconstruction) -> Features:
@@ -238,18 +248,59 @@ class ResidualStatisticsScorer(Scorer):
         vectors_BF, maps_BMHW = describe(images_BCHW.float(), reconstruction, self.grid)
         return Features(vectors_BF, maps_BMHW, _spread(reconstruction), _size(images_BCHW))
 
+    def prepare(self, normals: Features) -> ResidualStatisticsScorer:
+        """Return the scorer with the scale of its peaks: from normals that did not take part in the fit they meet.
+
+        Distance and peak of a normal image have logarithms of some mean and deviation; the peak's are brought to the
+        distance's, less `PEAK_HANDICAP` deviations.
+
+        Raises:
+            DataError: fewer than 10 normals.
+        """
+        if self.name != WHOLE_OR_PEAK or self.peak_scale is not None:
+            return self
+        least = MIN_FIT * _SCALE_FOLDS // (_SCALE_FOLDS - 1)
+        if len(normals) < least:
+            raise DataError(f"{len(normals)} normal images to fit the score; expected at least {least}")
+        some = np.unique(np.linspace(0, len(normals) - 1, min(len(normals), _SCALE_IMAGES)).astype(int))
+        fold_N = np.arange(len(some)) % _SCALE_FOLDS
+        logs: list[NDArray[np.float64]] = []
+        for fold in range(_SCALE_FOLDS):
+            fitted, other = normals.take(some[fold_N != fold]), normals.take(some[fold_N == fold])
+            vectors = ResidualStatistics.fit(fitted.vectors_NF, self.components)
+            peaks = self.peak(MapStatistics.fit(fitted.maps_NMHW).anomaly(other.maps_NMHW))
+            logs.append(np.log(np.maximum([vectors.distance(other.vectors_NF), peaks], LOWEST)))
+        (mean, peak_mean), (std, peak_std) = (np.concatenate(logs, 1).mean(1), np.concatenate(logs, 1).std(1))
+        slope = float(std / max(peak_std, LOWEST))
+        return replace(self, peak_scale=(float(mean - slope * peak_mean - PEAK_HANDICAP * std), slope))
+
     def fit(self, normals: Features) -> ResidualStatisticsScorer:
         """Return the scorer with statistics of these normals."""
         vectors = ResidualStatistics.fit(normals.vectors_NF, self.components)
-        return replace(self, vectors=vectors, maps=MapStatistics.fit(normals.maps_NMHW))
+        return replace(self.prepare(normals), vectors=vectors, maps=MapStatistics.fit(normals.maps_NMHW))
 
     def score_features(self, features: Features) -> ScoreBatch:
         """Return the scores."""
+        whole_B, peak_B, maps_BHW = self.parts(features)
+        score_B = peak_B if self.name == "residual_peak" else whole_B
+        if self.name == WHOLE_OR_PEAK:
+            score_B = np.maximum(whole_B, peak_B)
+        return ScoreBatch(score_B, _enlarge(maps_BHW, features.size), features.spread_N.astype(np.float64))
+
+    def parts(self, features: Features) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
+        """Return distances (B,), peaks (B,), these on the distances' scale where there is one, and maps (B, h, w).
+
+        Raises:
+            UsageError: not fitted.
+        """
         if self.vectors is None or self.maps is None:
             raise UsageError("residual statistics are not fitted; calibrate on held-out normals first")
         maps_BHW = self.maps.anomaly(features.maps_NMHW)
-        score_B = self.peak(maps_BHW) if self.name == "residual_peak" else self.vectors.distance(features.vectors_NF)
-        return ScoreBatch(score_B, _enlarge(maps_BHW, features.size), features.spread_N.astype(np.float64))
+        peak_B = self.peak(maps_BHW)
+        if self.peak_scale is not None:
+            intercept, slope = self.peak_scale
+            peak_B = np.exp(intercept + slope * np.log(np.maximum(peak_B, LOWEST)))
+        return self.vectors.distance(features.vectors_NF), peak_B, maps_BHW
 
     @staticmethod
     def peak(maps_BHW: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -262,8 +313,10 @@ class ResidualStatisticsScorer(Scorer):
         """Return the statistics and the settings they belong to."""
         if self.vectors is None or self.maps is None:
             raise UsageError("residual statistics are not fitted; there is no state to keep")
-        settings = np.array([self.grid, self.components], np.int64)
-        return {"settings": settings, **self.vectors.state_dict(), **self.maps.state_dict()}
+        state = {"settings": np.array([self.grid, self.components], np.int64)}
+        if self.peak_scale is not None:
+            state["peak_scale"] = np.array(self.peak_scale)
+        return {**state, **self.vectors.state_dict(), **self.maps.state_dict()}
 
 
 def make_scorer(config: ScoreConfig) -> Scorer:
@@ -291,8 +344,12 @@ def scorer_from_bytes(data: bytes) -> Scorer:
         if form == STATE_FORMAT and name in RESIDUAL_SCORERS:
             grid, components = (int(value) for value in state["settings"])
             vectors, maps = ResidualStatistics.from_state(state), MapStatistics.from_state(state)
-            kind: ScorerName = "residual_peak" if name == "residual_peak" else "residual_statistics"
-            return ResidualStatisticsScorer(grid, components, vectors, maps, kind)
+            kind = RESIDUAL_SCORERS[RESIDUAL_SCORERS.index(name)]
+            fitted = ResidualStatisticsScorer(grid, components, vectors, maps, kind)
+            if kind != WHOLE_OR_PEAK:
+                return fitted
+            intercept, slope = (float(value) for value in state["peak_scale"])
+            return replace(fitted, peak_scale=(intercept, slope))
     except (SafetensorError, KeyError, ValueError) as error:
         raise IntegrityError(f"scorer state is unreadable ({type(error).__name__}); calibrate again") from None
     raise IntegrityError(f"scorer state of format {form!r} for {name!r}, expected {STATE_FORMAT!r}; calibrate again")
@@ -340,6 +397,7 @@ def fit_and_calibrate(
     order = np.random.default_rng(seed).permutation(len(patients))
     fold_of = {patients[place]: position % folds for position, place in enumerate(order)}
     fold_N = np.array([fold_of[key] for key in patient_keys])
+    scorer = scorer.prepare(normals)
     scores_N, peaks_N = np.empty(len(normals)), np.empty(len(normals))
     maps: list[NDArray[np.floating]] = []
     for fold in range(folds):

@@ -23,7 +23,7 @@ from memmc.errors import DataError
 from memmc.model.artifact import LoadedModel
 from memmc.model.masking import mask_from_ids_keep
 from memmc.scoring.residuals import Z_CLIP, map_channels, residual_vectors, shrunk, split_bands
-from memmc.scoring.scorer import PEAK_SHARE, ResidualStatisticsScorer, Scorer, SimilarityScorer
+from memmc.scoring.scorer import LOWEST, PEAK_SHARE, ResidualStatisticsScorer, Scorer, SimilarityScorer
 
 
 class WholeScorer(nn.Module):
@@ -100,7 +100,8 @@ class ResidualHead(nn.Module):
         vectors, maps = scorer.vectors, scorer.maps
         if vectors is None or maps is None:
             raise DataError("residual statistics are not fitted; calibrate first")
-        self.grid, self.noise_variance, self.peak = scorer.grid, vectors.noise_variance, scorer.name == "residual_peak"
+        self.grid, self.noise_variance = scorer.grid, vectors.noise_variance
+        self.name, self.peak_scale = scorer.name, scorer.peak_scale
         for name in ("mean_F", "std_F", "basis_QF", "variance_Q"):
             self.register_buffer(name, torch.from_numpy(np.asarray(getattr(vectors, name), np.float64)))
         for name in ("mean_MHW", "std_MHW", "whitening_HWMM"):
@@ -113,12 +114,15 @@ class ResidualHead(nn.Module):
         z_BMhw = (maps_BMhw - self.map_mean_MHW) / self.map_std_MHW
         white_hwMB = self.map_whitening_HWMM @ z_BMhw.permute(2, 3, 1, 0)
         map_Bhw = white_hwMB.square().mean(2).sqrt().permute(2, 0, 1)
-        if self.peak:
-            flat_BP = map_Bhw.flatten(1).double()
-            count = max(1, round(PEAK_SHARE * flat_BP.shape[1]))
-            score_B = flat_BP.topk(count, dim=1).values.mean(1)
-        else:
+        if self.name == "residual_statistics":
             score_B = self.distance(residual_vectors(images_BCHW, expected_BCHW, details, self.grid).double())
+        else:
+            flat_BP = map_Bhw.flatten(1).double()
+            score_B = flat_BP.topk(max(1, round(PEAK_SHARE * flat_BP.shape[1])), dim=1).values.mean(1)
+        if self.peak_scale is not None:
+            intercept, slope = self.peak_scale
+            whole_B = self.distance(residual_vectors(images_BCHW, expected_BCHW, details, self.grid).double())
+            score_B = torch.maximum(whole_B, torch.exp(intercept + slope * torch.log(score_B.clamp(min=LOWEST))))
         return score_B, enlarged(map_Bhw, images_BCHW.shape[2], images_BCHW.shape[3])
 
     def distance(self, features_BF: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from memmc.scoring.residuals import (
     MapStatistics,
     ResidualStatistics,
 )
-from memmc.scoring.scorer import PEAK_SHARE, Features, ResidualStatisticsScorer, Scorer
+from memmc.scoring.scorer import PEAK_SHARE, WHOLE_OR_PEAK, Features, ResidualStatisticsScorer, Scorer
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def scale_shares(scorer: Scorer, features: Features, size_px: int) -> list[Share
     """Return which scale of the residual carried the score of one image; empty for scores that have no such parts."""
     if not isinstance(scorer, ResidualStatisticsScorer) or scorer.vectors is None or scorer.maps is None:
         return []
-    if scorer.name == "residual_peak":
+    whole_B, peak_B, _ = scorer.parts(features.take(np.arange(1)))
+    if scorer.name == "residual_peak" or (scorer.name == WHOLE_OR_PEAK and peak_B[0] > whole_B[0]):
         return _peak_shares(scorer.maps, features.maps_NMHW[0], size_px)
     shares_F = distance_shares(scorer.vectors, features.vectors_NF[0])
     widths = _band_widths(size_px)

@@ -73,7 +73,7 @@ def run(job: ScoringJob, rows: pa.Table, batch: int = 16, threads: int = 1) -> d
     }
 
 
-@pytest.mark.parametrize("scorer", ["residual_statistics", "residual_peak", "ms_ssim"])
+@pytest.mark.parametrize("scorer", ["residual_whole_or_peak", "residual_statistics", "residual_peak", "ms_ssim"])
 def test_the_same_image_scores_the_same(files: dict[str, bytes], scorer: str) -> None:
     job, rows = scoring_job(files, scorer), images(COUNT, 2)
     first, again = run(job, rows), run(job, rows)

@@ -166,7 +166,8 @@ def test_a_score_is_that_of_the_passes_it_had(files: dict[str, bytes]):  # noqa:
         part, _ = join_features([features.filter(pa.compute.equal(features["passes"], passes))])
         alone = scorer_from_bytes(state).score_features(part)
         mine = used == passes
-        np.testing.assert_allclose(np.array(scored["anomaly_score"])[mine], alone.anomaly_score_B[mine], rtol=TOLERANCE)
+        # Features are kept with maps in float16; scores come from float32.
+        np.testing.assert_allclose(np.array(scored["anomaly_score"])[mine], alone.anomaly_score_B[mine], rtol=2**-11)
     again = run(job, rows.take(np.random.default_rng(0).permutation(COUNT)), batch=5)
     for uid, score in zip(scored["sop_instance_uid"].to_pylist(), scored["anomaly_score"].to_pylist(), strict=True):
         assert again[uid][0] == pytest.approx(score, rel=TOLERANCE)

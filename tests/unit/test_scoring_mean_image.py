@@ -46,6 +46,6 @@ def test_it_is_the_default_score_around_the_mean_image():
 
 
 def test_too_few_held_out_normals_are_refused():
-    images = normals(np.random.default_rng(2), 7)
-    with pytest.raises(DataError, match="expected at least 8"):
+    images = normals(np.random.default_rng(2), 9)
+    with pytest.raises(DataError, match="expected at least 10"):
         mean_image_scores(SCORE, images, images, images)

@@ -16,6 +16,7 @@ from memmc.scoring.calibration import threshold_at
 from memmc.scoring.masks import PastedReconstruction
 from memmc.scoring.scorer import (
     Features,
+    ResidualStatisticsScorer,
     Scorer,
     fit_and_calibrate,
     make_scorer,
@@ -204,3 +205,37 @@ def test_the_peak_finds_one_place_that_the_whole_image_does_not_show():
     assert np.array_equal(
         again.score_features(features).anomaly_score_B, fitted.score_features(features).anomaly_score_B
     )
+
+
+def test_the_default_finds_what_changes_the_whole_or_one_place():
+    rng = np.random.default_rng(1)
+    vectors = rng.normal(0, 1, (140, 6)).astype(np.float32)
+    maps = rng.normal(0, 1, (140, 2, 16, 16)).astype(np.float32)
+    vectors[100:110] += 3
+    maps[110:120, :, 5:7, 8:10] += 8
+    features = Features(vectors, maps, np.zeros(140, np.float32), (16, 16))
+    normals, others = features.take(np.arange(100)), features.take(np.arange(100, 140))
+    both = make_scorer(ScoreConfig()).fit(normals)
+    assert isinstance(both, ResidualStatisticsScorer) and both.name == "residual_whole_or_peak"
+    score_B = both.score_features(others).anomaly_score_B
+    assert score_B[:20].min() > score_B[20:].max()
+    for alone, missed in (("residual_statistics", slice(10, 20)), ("residual_peak", slice(0, 10))):
+        fitted = make_scorer(ScoreConfig.model_validate({"scorer": alone})).fit(normals)
+        alone_B = fitted.score_features(others).anomaly_score_B
+        assert np.median(alone_B[missed]) < alone_B[20:].max()
+    whole_B, peak_B, _ = both.parts(others)
+    np.testing.assert_array_equal(score_B, np.maximum(whole_B, peak_B))
+    assert (peak_B > whole_B)[10:20].all() and not (peak_B > whole_B)[:10].any()
+    assert (peak_B > whole_B)[20:].mean() < 0.5, "where nothing is odd, the whole image decides"
+
+
+def test_peaks_have_one_scale_in_all_folds():
+    scorer = scorer_of("residual_whole_or_peak")
+    normals = features_of(scorer, 40, 0)
+    prepared = scorer.prepare(normals)
+    assert prepared.prepare(normals.take(np.arange(20))) is prepared
+    assert isinstance(prepared, ResidualStatisticsScorer)
+    fitted = fit_and_calibrate(scorer, normals, [f"p{number}" for number in range(40)]).scorer
+    assert isinstance(fitted, ResidualStatisticsScorer) and fitted.peak_scale == prepared.peak_scale
+    with pytest.raises(DataError, match="9 normal images to fit the score; expected at least 10"):
+        scorer.fit(normals.take(np.arange(9)))
