@@ -103,7 +103,7 @@ def main() -> int:
     parser.add_argument("--lake", required=True)
     parser.add_argument("--cohort")
     parser.add_argument("--model")
-    parser.add_argument("--scorer", default="residual_statistics")
+    parser.add_argument("--scorer", default=ScoreConfig().scorer)
     parser.add_argument("--resamplings", type=int, default=200)
     parser.add_argument("--gain", type=float, default=0.5)
     parser.add_argument("--offset", type=float, default=0.0)

@@ -1,7 +1,7 @@
 """MemMC-MAE beside its peers: trained on the same normals for the same time, judged by the same scorers.
 
 Every method sees the same images, augmented alike, on all threads for --minutes; then SSIM, L1 and the residual
-statistics, these fitted on the same held-out normals, judge what it reconstructs, and the paper's own score where that
+scores, these fitted on the same held-out normals, judge what it reconstructs, and the paper's own score where that
 is another. PatchCore and PaDiM stand on the encoder of the MemMC-MAE of the same seed and cost no training of their
 own. The controls reconstruct nothing: the mean image of the normals, and `memmc.evaluation.controls`.
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from feature_banks import padim, patch_core, patch_features
 from peer_networks import PEERS, Peer
-from quality_figures import Row, Store, batches, control_lines, judged, markdown
+from quality_figures import DEFAULT, Row, Store, batches, control_lines, judged, markdown
 from quality_model import LAST, fit, judge, parameters
 from quality_sets import QualitySet, read_set
 from torch import Tensor
@@ -40,7 +40,6 @@ from memmc.training.loop import step_seed
 from memmc.training.order import Position
 
 OURS = "MemMC-MAE"
-DEFAULT = "residual_statistics"
 BATCH, RATE, WARM_UP, CLIP = 16, 1e-3, 0.05, 1.0
 
 

@@ -27,7 +27,8 @@ from memmc.scoring.calibration import threshold_at
 from memmc.scoring.masks import Reconstruction
 from memmc.scoring.scorer import Features, fit_and_calibrate, make_scorer
 
-SCORERS = ("residual_statistics", "ssim", "l1")
+DEFAULT = ScoreConfig().scorer
+SCORERS = (DEFAULT, "residual_statistics", "ssim", "l1")
 FOLDS = 20
 RATE = 0.05
 _BATCH, _RESAMPLINGS, _CONFIDENCE = 32, 1000, 0.95

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from quality_figures import judged
+from quality_figures import DEFAULT, judged
 from quality_sets import Images, QualitySet
 from torch import Tensor
 
@@ -94,9 +94,7 @@ def judge(data: QualitySet, folder: Path, passes: int) -> dict[str, Any]:
     for name, shut in parts.items():
         if not isinstance(shut, nullcontext):
             with shut:
-                found["scores"][name] = judged(data, _Masked(loaded, passes), ("residual_statistics",))[0][
-                    "residual_statistics"
-                ]
+                found["scores"][name] = judged(data, _Masked(loaded, passes), (DEFAULT,))[0][DEFAULT]
     return found
 
 

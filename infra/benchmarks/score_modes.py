@@ -31,10 +31,11 @@ from memmc.scoring.bulk import join_features, score_columns
 from memmc.scoring.scorer import fit_and_calibrate, make_scorer
 from memmc.scoring.strata import Judge, fit_strata
 
+DEFAULT = ScoreConfig().scorer
 MODES = (
-    ("complementary 4", "residual_statistics", 4),
-    ("complementary 8", "residual_statistics", 8),
-    ("complementary 16", "residual_statistics", 16),
+    ("complementary 4", DEFAULT, 4),
+    ("complementary 8", DEFAULT, 8),
+    ("complementary 16", DEFAULT, 16),
     ("complementary 4, MS-SSIM", "ms_ssim", 4),
     ("paper 10", "pasted_ms_ssim", 10),
 )
