@@ -192,15 +192,17 @@ class MapStatistics:
     def fit(cls, maps_NMHW: Floats) -> MapStatistics:
         """Fit on normals; a deviation is not taken below a quarter of its map channel's median."""
         count, channels, height, width = maps_NMHW.shape
-        maps_NMHW = maps_NMHW.astype(np.float32)
-        mean_MHW, std_MHW = maps_NMHW.mean(0), maps_NMHW.std(0, ddof=1)
+        mean_MHW, std_MHW = np.empty((2, channels, height, width), np.float32)
+        for row in range(height):  # one at a time: a wider copy of all maps would not fit beside many normals
+            part_NMW = maps_NMHW[:, :, row].astype(np.float64)
+            mean_MHW[:, row], std_MHW[:, row] = part_NMW.mean(0), part_NMW.std(0, ddof=1)
         floor_M11 = 0.25 * np.median(std_MHW, axis=(1, 2), keepdims=True) + 1e-4
         std_MHW = np.maximum(std_MHW, floor_M11)
         shrinkage = channels / (channels + count)
         whitening_HWMM = np.empty((height, width, channels, channels), np.float32)
-        for row in range(height):  # one at a time: standardised maps of all rows would take as much memory again
-            z_NMW = (maps_NMHW[:, :, row] - mean_MHW[:, row]) / std_MHW[:, row]
-            z_WMN = z_NMW.transpose(2, 1, 0).astype(np.float64)
+        for row in range(height):
+            z_NMW = (maps_NMHW[:, :, row].astype(np.float64) - mean_MHW[:, row]) / std_MHW[:, row]
+            z_WMN = z_NMW.transpose(2, 1, 0)
             correlation_WMM = z_WMN @ z_WMN.transpose(0, 2, 1) / (count - 1)
             shrunk_WMM = (1 - shrinkage) * correlation_WMM + shrinkage * np.eye(channels)
             whitening_HWMM[row] = np.linalg.inv(np.linalg.cholesky(shrunk_WMM))
