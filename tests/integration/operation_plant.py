@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -45,6 +46,8 @@ class RayHead:
 
     Attributes:
         url: of the Jobs API.
+        address: of the cluster itself.
+        environment: of whoever joins it.
     """
 
     def __init__(self, folder: Path, num_cpus: int) -> None:
@@ -61,35 +64,61 @@ class RayHead:
         port, dashboard, agent = free_port(), free_port(), free_port()
         self.url = f"http://127.0.0.1:{dashboard}"
         self._sessions = tempfile.mkdtemp(prefix="memmc-")  # a short path, for Ray's sockets
-        words = ["start", "--head", "--block", f"--num-cpus={num_cpus}", f"--temp-dir={self._sessions}"]
-        words += [f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-        with (folder / "ray.log").open("ab") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "ray.scripts.scripts", *words],
+        self.address, self._log, self._nodes = f"127.0.0.1:{port}", folder / "ray.log", list[subprocess.Popen[bytes]]()
+        words = ["--head", f"--temp-dir={self._sessions}", f"--port={port}", f"--dashboard-port={dashboard}"]
+        self._start(num_cpus, *words, f"--dashboard-agent-listen-port={agent}")
+        until(self._answers, 180, "the Jobs API answers")
+
+    def add_node(self, num_cpus: int) -> subprocess.Popen[bytes]:
+        """Start another node, and wait until the cluster counts it."""
+        node = self._start(num_cpus, f"--address={self.address}", f"--dashboard-agent-listen-port={free_port()}")
+        until(lambda: self._alive() == len(self._nodes), 60, "the node has joined")
+        return node
+
+    def kill_node(self, node: subprocess.Popen[bytes]) -> None:
+        """Kill -9 a node and everything it runs, as when its machine loses power."""
+        self._nodes.remove(node)
+        below = psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
+        for process in [node, *below]:
+            process.kill()
+        node.wait()
+
+    def stop(self) -> None:
+        """End every process of the cluster, and remove what it kept."""
+        for node in reversed(self._nodes.copy()):
+            self.kill_node(node)
+        shutil.rmtree(self._sessions, ignore_errors=True)
+
+    def _start(self, num_cpus: int, *words: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={num_cpus}", *words]
+        with self._log.open("ab") as out:
+            node = subprocess.Popen(
+                [*command, "--node-ip-address=127.0.0.1"],
                 env=self.environment,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
             )
-        until(self._answers, 180, "the Jobs API answers")
-
-    def stop(self) -> None:
-        """End every process of the cluster, and remove what it kept."""
-        below = psutil.Process(self._process.pid).children(recursive=True) if self._process.poll() is None else []
-        for process in [*below, self._process]:
-            process.kill()
-        self._process.wait()
-        shutil.rmtree(self._sessions, ignore_errors=True)
+        self._nodes.append(node)
+        return node
 
     def _answers(self) -> bool:
-        assert self._process.poll() is None, "ray start has ended"
+        assert self._nodes[0].poll() is None, "ray start has ended"
+        return self._ask("/api/version") is not None
+
+    def _alive(self) -> int:
+        summary = (self._ask("/nodes?view=summary") or {}).get("data", {}).get("summary", [])
+        return sum(node.get("raylet", {}).get("state") == "ALIVE" for node in summary)
+
+    def _ask(self, path: str) -> Any:
+        """Return what the dashboard answers; None when it does not."""
         token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
-        request = urllib.request.Request(f"{self.url}/api/version", headers={"Authorization": f"Bearer {token}"})
+        request = urllib.request.Request(f"{self.url}{path}", headers={"Authorization": f"Bearer {token}"})
         try:
-            urllib.request.urlopen(request, timeout=5).close()
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return json.load(answer)
         except OSError:
-            return False
-        return True
+            return None
 
 
 class Plant:

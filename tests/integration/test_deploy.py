@@ -356,6 +356,7 @@ def test_the_tracking_server_of_the_stack_asks_for_the_password(site):
     site.stack.keeper.start(service)
     site.stack.keeper.wait(service)
     url = site.stack.url("mlflow", "/api/2.0/mlflow/experiments/search")
-    assert httpx.post(url, json={"max_results": 1}).status_code == httpx.codes.UNAUTHORIZED
-    named = httpx.post(url, json={"max_results": 1}, headers=basic(USER, site.stack.password))
+    asked = {"json": {"max_results": 1}, "timeout": 60}
+    assert httpx.post(url, **asked).status_code == httpx.codes.UNAUTHORIZED
+    named = httpx.post(url, **asked, headers=basic(USER, site.stack.password))
     assert [each["name"] for each in named.json()["experiments"]] == ["Default"]

@@ -108,7 +108,7 @@ def test_a_model_is_promoted_refused_retrained_and_taken_back(lake_config: Confi
     assert champion.ref == first["trained"]["model"]
 
     # Scans with lesions come, called normal.
-    batch = write_hospital(tmp_path / "batch", num_normal=30, num_abnormal=15, num_broken=0, seed=77)
+    batch = write_hospital(tmp_path / "batch", num_normal=40, num_abnormal=6, num_broken=0, seed=77)
     ingest(lake_config, str(batch.dicom_dir), "cxr", label="normal")
     status, second = memmc("retrain", "--cohort", "cxr")
     screened = second["plan"]["screened"]
@@ -117,7 +117,7 @@ def test_a_model_is_promoted_refused_retrained_and_taken_back(lake_config: Confi
     status_list, listed = memmc("review list", "--cohort", "cxr")
     assert status_list == 0
     odd, lesions = {row["sop_instance_uid"] for row in listed["instances"]}, lesions_of(lake_config, batch)
-    # A third of the batch shows a lesion; chance would suspect a third.
+    # An eighth of the batch shows a lesion; chance would suspect an eighth.
     assert len(odd & lesions) / len(odd) > 1 / 3, (len(odd), len(odd & lesions))
     challenger = resolve(tracking, second["trained"]["model"])
     rows = training_rows(lake, open_model(lake_config, home_directory(), challenger.ref), challenger)
