@@ -40,9 +40,14 @@ def stream(
     filter: Filter | None = None,
     keys: Sequence[str] | ray.ObjectRef[Any] | None = None,
     shuffle_seed: int | None = None,
-    rows_per_block: int | None = None,
+    at_once: int = 2,
+    block_bytes: int | None = None,
 ) -> Dataset:
     """Return the rows of committed shards as a lazy Ray dataset, every byte verified.
+
+    Reading holds no CPU of the cluster: whoever reads, a training worker or a pool of actors, may hold all of them and
+    would wait for one without end. For another reason too: Ray fuses steps of equal needs, and a step that takes rows
+    by the batch would be fed as many *shards* by one task.
 
     Args:
         storage: the lake's storage.
@@ -53,8 +58,8 @@ def stream(
         filter: which rows to keep.
         keys: `object_key`s to keep, or a reference to them as an Arrow array; rows of other keys are dropped.
         shuffle_seed: permutes the shards, the same way for the same seed; None keeps their order.
-        rows_per_block: at most so many rows in a block; asked for where `map_batches` with a batch size follows, which
-            Ray would else fuse with reading and feed as many *shards* as its batch has rows, all by one task.
+        at_once: shards read at the same time.
+        block_bytes: about the size of a block; Ray's own when None.
 
     Raises:
         DataError: no shards, or an unknown column.
@@ -79,14 +84,17 @@ def stream(
     wanted = keys if keys is None or isinstance(keys, ray.ObjectRef) else ray.put(pa.array(keys, pa.string()))
     dataset = ray.data.from_items(items, override_num_blocks=max(1, min(parallelism, len(items))))
     task: Any = _read_task  # Ray's type of a batch function knows no further arguments
-    rows = dataset.map_batches(
+    if block_bytes is not None:
+        dataset.context.target_max_block_size = block_bytes
+    return dataset.map_batches(
         task,
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
         fn_args=(storage, table, list(columns), dict(filter or {}), wanted),
+        compute=ray.data.TaskPoolStrategy(size=at_once),
+        num_cpus=0,
     )
-    return rows if rows_per_block is None else rows.repartition(target_num_rows_per_block=rows_per_block)
 
 
 def _read_task(

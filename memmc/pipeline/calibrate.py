@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from memmc.config import Config
 from memmc.errors import GateRefused
 from memmc.lake.schemas import CALIBRATIONS, SCHEMAS
-from memmc.lake.stream import stream
 from memmc.lake.tables import Lake
 from memmc.pipeline.audit import recorded
 from memmc.pipeline.cluster import ray_cluster
@@ -24,8 +23,7 @@ from memmc.pipeline.quality import gate
 from memmc.pipeline.results import CalibrationResult
 from memmc.pipeline.select import normals, one_preparation
 from memmc.scoring.actor import ScoringJob, model_files
-from memmc.scoring.batching import LARGEST
-from memmc.scoring.bulk import Keys, features_of, join_features, score_columns
+from memmc.scoring.bulk import Keys, features_of, join_features, score_columns, stream_to_actors
 from memmc.scoring.calibration import smallest_rate, threshold_at
 from memmc.scoring.early_stop import StopRule, fit_early_stop
 from memmc.scoring.strata import Judge, Stratum, fit_strata
@@ -155,7 +153,6 @@ def _features(
     files = lake.files("instances", version, {"outcome": "stored", "split": "calibrate", "cohort": cohort})
     strata = config.calibrate.strata
     keys = [row["object_key"] for row in rows]
-    dataset = stream(lake.storage, files, score_columns(strata), len(files), keys=keys, rows_per_block=LARGEST)
     job = ScoringJob(
         model_files(model.folder),
         config.score,
@@ -163,6 +160,7 @@ def _features(
         strata=strata,
         each_stage=config.score.early_stop > 0,
     )
+    dataset = stream_to_actors(lake.storage, files, score_columns(strata), keys, job)
     tables: list[pa.Table] = []
     for table in features_of(ray, dataset, job):
         if table.num_rows:

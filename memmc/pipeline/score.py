@@ -15,7 +15,6 @@ from memmc.config import Config
 from memmc.errors import DataError
 from memmc.lake.schemas import SCORES
 from memmc.lake.shards import ShardFile, write_shard
-from memmc.lake.stream import stream
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease
 from memmc.lake.views import find_view, members
@@ -32,8 +31,7 @@ from memmc.pipeline.score_plan import ScorePlan, Unit, plan_scores
 from memmc.pipeline.select import newest_calibration
 from memmc.pipeline.window import Shift, Window
 from memmc.scoring.actor import ScoringJob, complete, model_files
-from memmc.scoring.batching import LARGEST
-from memmc.scoring.bulk import score_columns, score_shards
+from memmc.scoring.bulk import score_columns, score_shards, stream_to_actors
 from memmc.scoring.early_stop import StopRule
 from memmc.scoring.regions import region_judge
 from memmc.scoring.strata import judge_of
@@ -241,7 +239,7 @@ class _Run:
         job = self._job(ray)
         files = [unit.file for unit in leg]
         columns = score_columns(job.judge.columns if job.judge else ())
-        dataset = stream(self.lake.storage, files, columns, len(files), keys=keys, rows_per_block=LARGEST)
+        dataset = stream_to_actors(self.lake.storage, files, columns, keys, job)
         map_bytes = 4 * self.plan.preparation["height"] * self.plan.preparation["width"]
         committed = time.monotonic()
         for shard in score_shards(ray, dataset, job, self.lake.storage, map_bytes):

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from memmc.lake.files import DataFile
 from memmc.lake.schemas import SCORES
 from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.storage import Storage
-from memmc.lake.stream import PIXEL_COLUMNS
+from memmc.lake.stream import PIXEL_COLUMNS, stream
 from memmc.scoring.actor import KEY_COLUMNS, Reconstructor, ScoringJob
 from memmc.scoring.batching import LARGEST
 from memmc.scoring.regions import GEOMETRY_COLUMNS
 
+_BLOCK_BYTES = 2 << 20
 _SHARD_BYTES = 64 << 20  # of maps; the rows of one shard wait in memory
 
 
@@ -44,10 +46,23 @@ def score_shards(ray: Any, dataset: Any, job: ScoringJob, storage: Storage, map_
     rows = max(1, min(job.score.rows_per_shard, _SHARD_BYTES // max(1, map_bytes)))
     # Without a CPU of its own: the actors may hold all, and shards would be written only once they are through.
     written = _actors(ray, dataset, job).map_batches(
-        _write, batch_size=rows, batch_format="pyarrow", fn_kwargs={"storage": storage}, num_cpus=0, concurrency=1
+        _write,
+        batch_size=rows,
+        batch_format="pyarrow",
+        fn_kwargs={"storage": storage},
+        compute=ray.data.TaskPoolStrategy(size=1),
+        num_cpus=0,
     )
     for batch in written.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from (ShardFile(**json.loads(text)) for text in batch["shard"].to_pylist())
+
+
+def stream_to_actors(
+    storage: Storage, files: Sequence[DataFile], columns: Sequence[str], keys: Sequence[str], job: ScoringJob
+) -> Any:
+    """Return the rows with these object keys as a dataset: a shard read for each actor, blocks of about a batch."""
+    at_once = max(2, job.score.num_actors)
+    return stream(storage, files, columns, len(files), keys=keys, at_once=at_once, block_bytes=_BLOCK_BYTES)
 
 
 def _actors(ray: Any, dataset: Any, job: ScoringJob) -> Any:

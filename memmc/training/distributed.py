@@ -90,11 +90,14 @@ def fit(
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config = job.train
     # A worker that is stopped answers no call of the controller's; Ray's own patience is ten minutes.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.hung_seconds)
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # Where the driver is, as Ray Train's controller: another node may be lost while training goes on.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     filesystem, path = storage
     workers = config.num_workers if config.min_workers is None else (config.min_workers, config.num_workers)
     trainer = TorchTrainer(

@@ -163,18 +163,32 @@ def test_large_batches_do_not_bring_all_shards_to_one_task(tmp_path, in_order):
 
         return pa.table({"task": [ray.get_runtime_context().get_task_id()], "rows": [batch.num_rows]})
 
-    def tasks(rows_per_block: int | None) -> tuple[int, int, int]:
-        """Tasks, rows and most rows of a batch."""
-        dataset = stream(lake.storage, files, ["object_key"], len(files), rows_per_block=rows_per_block)
-        found = pa.concat_tables(
-            dataset.map_batches(task_of, batch_size=16, batch_format="pyarrow").iter_batches(batch_format="pyarrow")
-        )
-        counts = found["rows"].to_pylist()
-        return len(set(found["task"].to_pylist())), sum(counts), max(counts)
+    dataset = stream(lake.storage, files, ["object_key"], len(files), block_bytes=1 << 12)
+    looked = dataset.map_batches(task_of, batch_size=16, batch_format="pyarrow")
+    found = pa.concat_tables(looked.iter_batches(batch_format="pyarrow"))
+    counts = found["rows"].to_pylist()
+    assert sum(counts) == 120 and max(counts) <= 16
+    assert len(set(found["task"].to_pylist())) >= 120 // 32
 
-    assert tasks(None)[:2] == (1, 120), "Ray bundles by rows now; rows_per_block is no longer needed"
-    number, rows, most = tasks(16)
-    assert number >= rows // 32 and rows == 120 and most <= 16
+
+@pytest.mark.slow
+def test_whoever_holds_every_cpu_can_read(tmp_path, in_order):
+    import ray
+
+    lake = Lake(tmp_path)
+    lake.append(INSTANCES, instance_rows(num=60))
+    files = lake.files(INSTANCES, partitions={"outcome": "stored"})
+
+    class Actor:
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            return batch
+
+    dataset = stream(lake.storage, files, ["object_key"], len(files))
+    share = ray.cluster_resources()["CPU"] / 2
+    pool = dataset.map_batches(
+        Actor, batch_size=16, batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=2), num_cpus=share
+    )
+    assert sum(batch.num_rows for batch in pool.iter_batches(batch_format="pyarrow")) == 30
 
 
 @pytest.mark.slow
