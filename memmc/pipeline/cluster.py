@@ -6,10 +6,11 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def ray_cluster(config: Config, home: Path, *, training: bool = True) -> Generat
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.use_datasource_v2 = False
-        with _own_errors(ray):
+        # Ray prints what its cluster warns of on stdout, where a verb owes JSON and nothing else.
+        with redirect_stdout(sys.stderr), _own_errors(ray):
             yield ray
     finally:
         ray.shutdown()
