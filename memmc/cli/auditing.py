@@ -61,15 +61,14 @@ def export(
 
     with call(lake, config, settings, as_json=as_json) as run:
         result = export_trail(run.config, out, form.value)
-        run.terminal.close()
         if as_json:
             shown = result.as_dict()
             shown["lines"] = [] if out else [json.loads(line) for line in result.lines]
-            print(json.dumps(shown))
+            run.say(json.dumps(shown))
         elif out is None:
-            print("\n".join(result.lines))
+            run.say("\n".join(result.lines))
         else:
-            print(f"{result.records} records: {out}\nhead {result.head}: keep it where who can write the lake cannot")
+            run.say(f"{result.records} records: {out}\nhead {result.head}: keep it where who can write the lake cannot")
 
 
 def summary(result: AuditVerdict) -> str:

@@ -277,13 +277,12 @@ def scores(
 
     with call(lake, config, settings, as_json=as_json) as run:
         table = export_scores(run.config, cohort, model, out, level)
-        run.terminal.close()
         if as_json:
-            print(rows_as_json(table, out))
+            run.say(rows_as_json(table, out))
         elif out is None:
-            sys.stdout.write(rows_as_csv(table))
+            run.say(rows_as_csv(table), end="")
         else:
-            print(f"{table.num_rows} rows: {out}")
+            run.say(f"{table.num_rows} rows: {out}")
 
 
 @app.command()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -56,12 +57,17 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a verb: its configuration and how to speak to the caller."""
+    """One call of a verb: its configuration and how to speak to the caller.
+
+    Attributes:
+        out: for the result alone.
+    """
 
     config: Config
     terminal: Terminal | ProgressLines
     as_json: bool
     as_flow: bool
+    out: TextIO
 
     @property
     def home(self) -> Path:
@@ -72,21 +78,31 @@ class Call:
 
     def finish(self, result: Result, summary: Callable[[], str]) -> None:
         """Print a step's result, as JSON or for a person."""
+        self.say(json.dumps(result.as_dict()) if self.as_json else summary())
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """Print a result that is text already."""
         self.terminal.close()
-        print(json.dumps(result.as_dict()) if self.as_json else summary())
+        print(text, end=end, file=self.out)
 
 
 @contextmanager
 def call(
     lake: str | None, config: Path | None, settings: list[str] | None, *, as_json: bool, flow: bool = False
 ) -> Generator[Call]:
-    """Validate the configuration before anything else, then open the terminal."""
+    """Validate the configuration before anything else, then open the terminal.
+
+    What libraries print on the way goes to stderr: Ray prints the warnings of its cluster on stdout.
+    """
     overrides = [*(settings or []), *([f"lake.uri={lake}"] if lake else [])]
     adopt(os.environ)
     loaded = load_config(config, os.environ, overrides)
+    out = sys.stdout
     terminal = ProgressLines() if os.environ.get(VARIABLE) == LINES else Terminal(quiet=as_json)
+    as_flow = flow or bool(os.environ.get("PREFECT_API_URL"))
     try:
-        yield Call(loaded, terminal, as_json, flow or bool(os.environ.get("PREFECT_API_URL")))
+        with redirect_stdout(sys.stderr):
+            yield Call(loaded, terminal, as_json, as_flow, out)
     finally:
         terminal.close()
 

@@ -6,11 +6,10 @@ import logging
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +107,7 @@ def ray_cluster(config: Config, home: Path, *, training: bool = True) -> Generat
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.use_datasource_v2 = False
-        # Ray prints what its cluster warns of on stdout, where a verb owes JSON and nothing else.
-        with redirect_stdout(sys.stderr), _own_errors(ray):
+        with _own_errors(ray):
             yield ray
     finally:
         ray.shutdown()

@@ -38,7 +38,7 @@ from memmc.quality.reference import fit_reference
 _SEEN = ("sop_instance_uid", "flags", "perceptual_hash", "thumbnail")
 _LOOKED_AT = ("sop_instance_uid", "rows", "columns", *PIXEL_COLUMNS)
 _FEW = 2000  # images that are sooner read here than a cluster is started
-_BLOCK, _READERS = 256, 4  # instances that one task looks at; shards read at the same time
+_BATCH, _READERS = 256, 4  # instances looked at together; shards read at the same time
 
 Row = dict[str, Any]
 
@@ -228,7 +228,7 @@ def _look(config: Config, lake: Lake, cohort: str, missing: dict[str, str], prog
             task: Any = partial(_look_at, rules=config.quality)
             where = {"cohort": cohort}
             rows = stream(lake.storage, files, _LOOKED_AT, len(files), filter=where, keys=keys, at_once=_READERS)
-            looked = rows.map_batches(task, batch_size=_BLOCK, batch_format="pyarrow")
+            looked = rows.map_batches(task, batch_size=_BATCH, batch_format="pyarrow")
             _collect(looked.iter_batches(batch_size=None, batch_format="pyarrow"), found, progress)
     if found.keys() != missing.keys():
         raise DataError(f"{len(missing)} instances were to be gated, {len(found)} were read; run `memmc gate` again")

@@ -19,7 +19,7 @@ from memmc.scoring.actor import KEY_COLUMNS, Reconstructor, ScoringJob
 from memmc.scoring.batching import LARGEST
 from memmc.scoring.regions import GEOMETRY_COLUMNS
 
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = 2 << 20  # of pixels that wait as one piece: a batch of 64 px images
 _SHARD_BYTES = 64 << 20  # of maps; the rows of one shard wait in memory
 
 

@@ -114,16 +114,20 @@ class ResidualHead(nn.Module):
         z_BMhw = (maps_BMhw - self.map_mean_MHW) / self.map_std_MHW
         white_hwMB = self.map_whitening_HWMM @ z_BMhw.permute(2, 3, 1, 0)
         map_Bhw = white_hwMB.square().mean(2).sqrt().permute(2, 0, 1)
-        if self.name == "residual_statistics":
-            score_B = self.distance(residual_vectors(images_BCHW, expected_BCHW, details, self.grid).double())
-        else:
-            flat_BP = map_Bhw.flatten(1).double()
-            score_B = flat_BP.topk(max(1, round(PEAK_SHARE * flat_BP.shape[1])), dim=1).values.mean(1)
+        if self.name == "residual_peak":
+            return self.peak(map_Bhw), enlarged(map_Bhw, images_BCHW.shape[2], images_BCHW.shape[3])
+        score_B = self.distance(residual_vectors(images_BCHW, expected_BCHW, details, self.grid).double())
         if self.peak_scale is not None:
             intercept, slope = self.peak_scale
-            whole_B = self.distance(residual_vectors(images_BCHW, expected_BCHW, details, self.grid).double())
-            score_B = torch.maximum(whole_B, torch.exp(intercept + slope * torch.log(score_B.clamp(min=LOWEST))))
+            peak_B = torch.exp(intercept + slope * torch.log(self.peak(map_Bhw).clamp(min=LOWEST)))
+            score_B = torch.maximum(score_B, peak_B)
         return score_B, enlarged(map_Bhw, images_BCHW.shape[2], images_BCHW.shape[3])
+
+    @staticmethod
+    def peak(map_Bhw: Tensor) -> Tensor:
+        """Return (B,), as `ResidualStatisticsScorer.peak`."""
+        flat_BP = map_Bhw.flatten(1).double()
+        return flat_BP.topk(max(1, round(PEAK_SHARE * flat_BP.shape[1])), dim=1).values.mean(1)
 
     def distance(self, features_BF: Tensor) -> Tensor:
         """Return (B,), as `ResidualStatistics.distance`."""

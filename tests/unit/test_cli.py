@@ -117,3 +117,16 @@ def test_a_throw_away_key_is_made_said_and_kept_private(tmp_path):
     refused = memmc("ingest", "in", "--cohort", "c", "--dry-run", "--set", f"deid.key_file={other}", cwd=tmp_path)
     assert refused.returncode == 1
     assert "identity key" in refused.stderr
+
+
+def test_what_libraries_print_does_not_stand_on_stdout(tmp_path, monkeypatch, capsys):
+    from memmc.cli.options import call
+    from memmc.pipeline.results import PlanResult
+
+    monkeypatch.chdir(tmp_path)
+    with call(None, None, [], as_json=True) as run:
+        print("(raylet) a warning of the cluster")
+        run.finish(PlanResult({"new": 1}), lambda: "")
+    said = capsys.readouterr()
+    assert json.loads(said.out) == PlanResult({"new": 1}).as_dict()
+    assert "(raylet) a warning" in said.err

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_scoring_determinism import COUNT, SHARED, TOLERANCE, files, images, run  # noqa: F401  (files is a fixture)
 
-from memmc.config import ScoreConfig, load_config
+from memmc.config import ScoreConfig, ScorerName, load_config
 from memmc.errors import ConfigError, GateRefused
 from memmc.lake.schemas import CALIBRATIONS, SCHEMAS
 from memmc.scoring.actor import Reconstructor, ScoringJob
@@ -132,9 +132,9 @@ def test_a_rule_comes_back_from_the_table():
     assert rule.scorer_state(8, b"all") == rule.scorer_state(None, b"all") == b"all"
 
 
-def staged_job(model_files: dict[str, bytes]) -> ScoringJob:
+def staged_job(model_files: dict[str, bytes], scorer: ScorerName = "residual_whole_or_peak") -> ScoringJob:
     """Calibrated on random images with stages of 2, 4 and 8 passes; its bands are set so that some images stop."""
-    settings = ScoreConfig(num_actors=2, batch_size=16, passes=8)
+    settings = ScoreConfig(scorer=scorer, num_actors=2, batch_size=16, passes=8)
     features = Reconstructor(ScoringJob(model_files, settings, each_stage=True))(images(COUNT, 1))
     fits, keys = {}, None
     for passes in (2, 4, 8):
@@ -152,8 +152,13 @@ def staged_job(model_files: dict[str, bytes]) -> ScoringJob:
     return ScoringJob(model_files, settings, scorer_state=state, judge=judge, fixed=SHARED, stop=rule)
 
 
-def test_a_score_is_that_of_the_passes_it_had(files: dict[str, bytes]):  # noqa: F811
-    job, rows = staged_job(files), images(COUNT, 2)
+@pytest.mark.parametrize(
+    ("scorer", "tolerance"),
+    # Features are kept with maps in float16, and scores come from float32: only the distance is the same to the bit.
+    [("residual_statistics", TOLERANCE), ("residual_whole_or_peak", 2**-11)],
+)
+def test_a_score_is_that_of_the_passes_it_had(files: dict[str, bytes], scorer: ScorerName, tolerance: float):  # noqa: F811
+    job, rows = staged_job(files, scorer), images(COUNT, 2)
     assert job.stop is not None
     scored = Reconstructor(job)(rows)
     assert scored["sop_instance_uid"].to_pylist() == rows["sop_instance_uid"].to_pylist()
@@ -166,8 +171,7 @@ def test_a_score_is_that_of_the_passes_it_had(files: dict[str, bytes]):  # noqa:
         part, _ = join_features([features.filter(pa.compute.equal(features["passes"], passes))])
         alone = scorer_from_bytes(state).score_features(part)
         mine = used == passes
-        # Features are kept with maps in float16; scores come from float32.
-        np.testing.assert_allclose(np.array(scored["anomaly_score"])[mine], alone.anomaly_score_B[mine], rtol=2**-11)
+        np.testing.assert_allclose(np.array(scored["anomaly_score"])[mine], alone.anomaly_score_B[mine], rtol=tolerance)
     again = run(job, rows.take(np.random.default_rng(0).permutation(COUNT)), batch=5)
     for uid, score in zip(scored["sop_instance_uid"].to_pylist(), scored["anomaly_score"].to_pylist(), strict=True):
         assert again[uid][0] == pytest.approx(score, rel=TOLERANCE)
