@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PIXEL_COLUMNS = ("pixels", "height", "width", "channels", "bits")
 KEY_COLUMN = "object_key"
+SMALL_BLOCK = 2 << 20  # bytes; for readers that judge some images at a time: 256 of 64 px
 
 
 def stream(

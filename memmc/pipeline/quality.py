@@ -21,7 +21,7 @@ from memmc.config import Config, QualityConfig, config_hash
 from memmc.errors import DataError
 from memmc.lake.files import DataFile
 from memmc.lake.schemas import INSTANCES, QUALITY, SCHEMAS
-from memmc.lake.stream import PIXEL_COLUMNS, pixels_to_array, read_rows, stream
+from memmc.lake.stream import PIXEL_COLUMNS, SMALL_BLOCK, pixels_to_array, read_rows, stream
 from memmc.lake.tables import Lake
 from memmc.lake.views import find_view
 from memmc.pipeline.audit import recorded
@@ -226,8 +226,16 @@ def _look(config: Config, lake: Lake, cohort: str, missing: dict[str, str], prog
     else:
         with ray_cluster(config, home_directory(), training=False):
             task: Any = partial(_look_at, rules=config.quality)
-            where = {"cohort": cohort}
-            rows = stream(lake.storage, files, _LOOKED_AT, len(files), filter=where, keys=keys, at_once=_READERS)
+            rows = stream(
+                lake.storage,
+                files,
+                _LOOKED_AT,
+                len(files),
+                filter={"cohort": cohort},
+                keys=keys,
+                at_once=_READERS,
+                block_bytes=SMALL_BLOCK,
+            )
             looked = rows.map_batches(task, batch_size=_BATCH, batch_format="pyarrow")
             _collect(looked.iter_batches(batch_size=None, batch_format="pyarrow"), found, progress)
     if found.keys() != missing.keys():

@@ -14,12 +14,11 @@ from memmc.lake.files import DataFile
 from memmc.lake.schemas import SCORES
 from memmc.lake.shards import ShardFile, write_shard
 from memmc.lake.storage import Storage
-from memmc.lake.stream import PIXEL_COLUMNS, stream
+from memmc.lake.stream import PIXEL_COLUMNS, SMALL_BLOCK, stream
 from memmc.scoring.actor import KEY_COLUMNS, Reconstructor, ScoringJob
 from memmc.scoring.batching import LARGEST
 from memmc.scoring.regions import GEOMETRY_COLUMNS
 
-_BLOCK_BYTES = 2 << 20  # of pixels that wait as one piece: a batch of 64 px images
 _SHARD_BYTES = 64 << 20  # of maps; the rows of one shard wait in memory
 
 
@@ -62,7 +61,7 @@ def stream_to_actors(
 ) -> Any:
     """Return the rows with these object keys as a dataset: a shard read for each actor, blocks of about a batch."""
     at_once = max(2, job.score.num_actors)
-    return stream(storage, files, columns, len(files), keys=keys, at_once=at_once, block_bytes=_BLOCK_BYTES)
+    return stream(storage, files, columns, len(files), keys=keys, at_once=at_once, block_bytes=SMALL_BLOCK)
 
 
 def _actors(ray: Any, dataset: Any, job: ScoringJob) -> Any:
