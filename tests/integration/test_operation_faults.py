@@ -187,8 +187,8 @@ def test_a_server_that_goes_away_costs_no_work(plant, flows):
     score_now = ("score", "--cohort", "cxr", "--json")
     known = set(flows.jobs())
     patient = flows.run(flows.score, cohort="cxr")
-    impatient = plant.memmc(*score_now, PREFECT_CLIENT_MAX_RETRIES="0")
-    until(lambda: len(set(flows.jobs()) - known) == 2, 180, "both are at work")
+    until(lambda: flows.jobs(patient), 180, "one is at work")
+    impatient = at_work_at_once(plant, flows, score_now, known | set(flows.jobs(patient)))
     plant.kill(plant.server)
     began = time.monotonic()
     late = plant.memmc(*score_now)
@@ -206,6 +206,23 @@ def test_a_server_that_goes_away_costs_no_work(plant, flows):
     said, _ = again.communicate(timeout=180)
     assert again.returncode == 0
     assert json.loads(said)["scored"] == 0
+
+
+def at_work_at_once(plant, flows, words, others):
+    """Return a process that asks the server once and no more, when its job is there.
+
+    A busy SQLite may refuse that one question before any work has begun; such a process is followed by another.
+    """
+    started = []
+
+    def job():
+        found = set(flows.jobs()) - others
+        if not found and (not started or started[-1].poll() is not None):
+            started.append(plant.memmc(*words, PREFECT_CLIENT_MAX_RETRIES="0"))
+        return found
+
+    until(job, 180, "one that does not ask again is at work")
+    return started[-1]
 
 
 def test_more_workers_than_sqlite_bears_are_seen(plant, flows):

@@ -55,10 +55,16 @@ def test_runs_of_others_are_left_alone(name):
     assert not trigger(name).covers(event("Crashed", tag="theirs"))
 
 
-@pytest.mark.parametrize("kind", ["heartbeat", "Completed", "Failed", "Cancelled", "Cancelling", "Suspended"])
+@pytest.mark.parametrize("kind", ["Completed", "Failed", "Cancelled", "Cancelling", "Suspended"])
 def test_any_word_of_a_run_shows_that_it_lives(kind):
     assert trigger("memmc-crash-zombies").expects(f"prefect.flow-run.{kind}")
-    assert trigger("memmc-crash-zombies").starts_after(f"prefect.flow-run.{kind}") is (kind == "heartbeat")
+    assert not trigger("memmc-crash-zombies").starts_after(f"prefect.flow-run.{kind}")
+
+
+@pytest.mark.parametrize("kind", ["heartbeat", "Running", "Retrying"])
+def test_a_run_at_work_has_to_be_heard_again(kind):
+    assert trigger("memmc-crash-zombies").expects(f"prefect.flow-run.{kind}")
+    assert trigger("memmc-crash-zombies").starts_after(f"prefect.flow-run.{kind}")
 
 
 def test_three_beats_have_to_be_missed():
