@@ -6,16 +6,18 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from memmc.config import Config
 from memmc.cores import cores
-from memmc.errors import MemmcError, UsageError
+from memmc.errors import MemmcError, StorageError, UsageError
 from memmc.pipeline.cluster_job import takes_jobs
 
 # A Unix socket's path may hold 107 bytes; Ray puts up to 63 below its session's parent.
@@ -23,6 +25,8 @@ _LONGEST_SESSION_PARENT = 40
 _OBJECT_STORE_BYTES = 2 << 30
 _SPARE_CPUS = 2
 _REMOVE_ATTEMPTS = 40
+_ANSWER_S = 10.0
+_START_ATTEMPTS = 3  # Ray gives a node 30 s, which a machine under load may miss
 
 
 def prepare_environment(home: Path, *, private: bool = True) -> None:
@@ -71,7 +75,8 @@ def ray_cluster(config: Config, home: Path, *, training: bool = True) -> Generat
 
     Raises:
         UsageError: `ray.address` is that of a Jobs API.
-        MemmcError: the cluster has too few CPUs for the training workers and the data tasks beside them.
+        StorageError: the named cluster cannot be joined.
+        MemmcError: a cluster of one's own does not start.
     """
     if takes_jobs(config.ray):
         raise UsageError(
@@ -87,18 +92,9 @@ def ray_cluster(config: Config, home: Path, *, training: bool = True) -> Generat
         return
     parent: Path | None = None
     if config.ray.address:
-        ray.init(address=config.ray.address, logging_level=logging.ERROR, log_to_driver=False)
+        _join(ray, config.ray.address)
     else:
-        parent = _session_parent(home)
-        ray.init(
-            num_cpus=config.ray.num_cpus or cores() + _SPARE_CPUS,
-            include_dashboard=training,
-            dashboard_host="127.0.0.1",
-            object_store_memory=_OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            _temp_dir=str(parent),
-        )
+        parent = _start(ray, config, home, training)
     try:
         import ray.data  # sets its own log levels when it is imported
 
@@ -113,6 +109,47 @@ def ray_cluster(config: Config, home: Path, *, training: bool = True) -> Generat
         ray.shutdown()
         if parent is not None:
             _remove(parent)
+
+
+def _join(ray: Any, address: str) -> None:
+    """Connect to a cluster that is there."""
+    place = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if place.hostname and place.port:  # Ray asks a place where nothing listens for more than five minutes
+            socket.create_connection((place.hostname, place.port), _ANSWER_S).close()
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except Exception as error:
+        raise StorageError(
+            f"no Ray cluster could be joined at ray.address ({type(error).__name__}); check that it runs there, with "
+            "the Ray and Python versions of this machine, and that RAY_AUTH_TOKEN_PATH names its token"
+        ) from error
+
+
+def _start(ray: Any, config: Config, home: Path, training: bool) -> Path:
+    """Start a cluster in this process tree; return its session's folder."""
+    attempt = 0
+    while True:
+        attempt += 1
+        parent = _session_parent(home)
+        try:
+            ray.init(
+                num_cpus=config.ray.num_cpus or cores() + _SPARE_CPUS,
+                include_dashboard=training,
+                dashboard_host="127.0.0.1",
+                object_store_memory=_OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                _temp_dir=str(parent),
+            )
+            return parent
+        except Exception as error:
+            ray.shutdown()
+            _remove(parent)
+            if attempt == _START_ATTEMPTS:
+                raise MemmcError(
+                    f"a Ray cluster did not start here in {attempt} attempts ({type(error).__name__}); free memory or "
+                    "wait for other work to end, then run again"
+                ) from error
 
 
 @contextmanager
