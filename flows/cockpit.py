@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.context import FlowRunContext
 
 from flows.calls import Overrides, config_in_force
 from flows.naming import artifact_key
@@ -69,6 +70,13 @@ def show_most_abnormal(cohort: str, model: str, since: datetime, config: Overrid
             create_markdown_artifact(table, key=key, description=f"The most abnormal by {model}")
 
     shown("the most abnormal scans", config, most)
+
+
+def first_begun() -> datetime:
+    """Return when this flow run first began: before now where it goes on after a crash."""
+    context = FlowRunContext.get()
+    run = context.flow_run if context else None
+    return run.start_time if run and run.start_time else datetime.now(UTC)
 
 
 def show_trend(cohort: str, config: Overrides | None) -> None:

@@ -1,7 +1,6 @@
 """The score flow: score what is not scored yet; measure and report on request."""
 
 # Annotations are evaluated here: Prefect could not resolve them as text when it loads the flow by its path.
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from flows.calls import Overrides, call_flow, run_step
-from flows.cockpit import name_run, show_most_abnormal, show_tracked
+from flows.cockpit import first_begun, name_run, show_most_abnormal, show_tracked
 from flows.naming import Cohort, artifact_key, run_name
 from flows.ray_job import on_cluster, stop_cluster_jobs
 from flows.summary import as_markdown
@@ -66,7 +65,7 @@ def score_flow(
         since: a date, or a version of `instances`: only what was ingested from then on.
         limit: at most so many instances.
     """
-    began = datetime.now(UTC)
+    began = first_begun()
     scored = score_instances(cohort, model, config, since, limit)
     create_markdown_artifact(as_markdown("Scored instances", scored), key=artifact_key("score", cohort))
     show_most_abnormal(cohort, scored["model"], began, config)

@@ -83,6 +83,13 @@ class Flows:
         states = self.client.read_flow_run_states(run)
         return next((state.timestamp for state in states if state.is_crashed()), None)
 
+    def shown(self, run):
+        """Keys of a run's artifacts."""
+        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+        found = self.client.read_artifacts(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])))
+        return {artifact.key for artifact in found}
+
     def jobs(self, run=""):
         return [job for job in self.cluster.jobs() if job.startswith(f"memmc-{run}")]
 
@@ -172,6 +179,7 @@ def test_killed_runs_go_on_and_do_nothing_twice(flows, killed, lake, workspace):
         until(lambda run=run: flows.state(run) == "COMPLETED", 300, "taken up again")
         assert flows.client.read_flow_run(run).run_count == 2
     assert flows.jobs(killed.there) == [f"memmc-{killed.there}-score-1"]
+    assert "score-cxr-most-abnormal" in flows.shown(killed.there)  # also of what was scored before the crash
     rows = scores_of(lake)
     assert len(rows) == len({row["sop_instance_uid"] for row in rows}) > 0
     assert len({row["run"] for row in rows}) == 1
