@@ -29,7 +29,8 @@ from memmc.pipeline.select import normals
 from memmc.scoring.actor import Reconstructor, ScoringJob, model_files
 from memmc.scoring.bulk import join_features, score_columns
 from memmc.scoring.calibration import observed_rate_interval
-from memmc.scoring.scorer import Features, fit_and_calibrate, make_scorer
+from memmc.scoring.cross_fit import fit_and_calibrate
+from memmc.scoring.scorer import Features, make_scorer
 from memmc.scoring.strata import Judge, fit_strata
 
 RATES = (0.01, 0.05, 0.10)

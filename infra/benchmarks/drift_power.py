@@ -34,8 +34,9 @@ from memmc.pipeline.rescore import grey_images
 from memmc.scoring.actor import Reconstructor, ScoringJob, model_files
 from memmc.scoring.bulk import join_features
 from memmc.scoring.calibration import p_values, threshold_at
+from memmc.scoring.cross_fit import fit_and_calibrate
 from memmc.scoring.embedding import embeddings
-from memmc.scoring.scorer import fit_and_calibrate, make_scorer
+from memmc.scoring.scorer import make_scorer
 
 Patient = tuple[np.ndarray, np.ndarray, float]  # normal, abnormal, the draw that decides which
 

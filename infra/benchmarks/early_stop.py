@@ -32,8 +32,9 @@ from memmc.pipeline.select import normals, unmet
 from memmc.scoring.actor import Reconstructor, ScoringJob, model_files
 from memmc.scoring.bulk import join_features
 from memmc.scoring.calibration import threshold_at
+from memmc.scoring.cross_fit import fit_and_calibrate
 from memmc.scoring.early_stop import StopRule, fit_early_stop
-from memmc.scoring.scorer import fit_and_calibrate, make_scorer
+from memmc.scoring.scorer import make_scorer
 from memmc.scoring.strata import POOLED, Judge, fit_strata
 
 RATE = 0.05

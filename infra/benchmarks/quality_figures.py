@@ -24,8 +24,9 @@ from memmc.config import ScoreConfig
 from memmc.evaluation.controls import control_scores
 from memmc.evaluation.metrics import auroc, bootstrap_values, percentile_interval
 from memmc.scoring.calibration import threshold_at
+from memmc.scoring.cross_fit import fit_and_calibrate
 from memmc.scoring.masks import Reconstruction
-from memmc.scoring.scorer import Features, fit_and_calibrate, make_scorer
+from memmc.scoring.scorer import Features, make_scorer
 
 DEFAULT = ScoreConfig().scorer
 SCORERS = (DEFAULT, "residual_statistics", "ssim", "l1")

@@ -28,7 +28,8 @@ from memmc.pipeline.models import open_model
 from memmc.pipeline.select import normals, unmet
 from memmc.scoring.actor import Reconstructor, ScoringJob, model_files
 from memmc.scoring.bulk import join_features, score_columns
-from memmc.scoring.scorer import fit_and_calibrate, make_scorer
+from memmc.scoring.cross_fit import fit_and_calibrate
+from memmc.scoring.scorer import make_scorer
 from memmc.scoring.strata import Judge, fit_strata
 
 DEFAULT = ScoreConfig().scorer

@@ -30,7 +30,7 @@ from memmc.scoring.strata import Judge, Stratum, fit_strata
 from memmc.scoring.studies import normal_study_minima
 
 if TYPE_CHECKING:
-    from memmc.scoring.scorer import CrossFit
+    from memmc.scoring.cross_fit import CrossFit
 
 # The fits that judge hold-out scores lack 1/20 of the normals, so they are hardly stricter than the final one.
 _FOLDS = 20
@@ -171,7 +171,8 @@ def _features(
 
 def _fit(config: Config, tables: list[pa.Table]) -> tuple[CrossFit, Keys, StopRule | None]:
     """Fit the scorer, and the rule that ends passes early where it is wanted; the normals are scored by that rule."""
-    from memmc.scoring.scorer import CrossFit, fit_and_calibrate, make_scorer
+    from memmc.scoring.cross_fit import CrossFit, fit_and_calibrate
+    from memmc.scoring.scorer import make_scorer
 
     scorer, fits, keys = make_scorer(config.score), dict[int, CrossFit](), None
     for passes in sorted({number for table in tables for number in table["passes"].unique().to_pylist()}):

@@ -33,7 +33,7 @@ from memmc.errors import GateRefused
 from memmc.scoring.strata import POOLED
 
 if TYPE_CHECKING:
-    from memmc.scoring.scorer import CrossFit
+    from memmc.scoring.cross_fit import CrossFit
 
 Floats = NDArray[np.float64]
 

@@ -1,4 +1,4 @@
-"""One interface for every anomaly score, and the cross-fit that calibrates it.
+"""One interface for every anomaly score.
 
 An image and its reconstruction become `Features`, small enough to keep for all
 held-out normals; a scorer fitted on those turns features into a score and a map.
@@ -23,7 +23,6 @@ from torch import Tensor
 from memmc.config import ScoreConfig, ScorerName
 from memmc.errors import DataError, IntegrityError, UsageError
 from memmc.scoring import similarity
-from memmc.scoring.maps import map_scale
 from memmc.scoring.masks import PastedReconstruction, Reconstruction
 from memmc.scoring.residuals import MIN_FIT, MapStatistics, ResidualStatistics, describe, shrink_maps
 
@@ -353,59 +352,6 @@ def scorer_from_bytes(data: bytes) -> Scorer:
     except (SafetensorError, KeyError, ValueError) as error:
         raise IntegrityError(f"scorer state is unreadable ({type(error).__name__}); calibrate again") from None
     raise IntegrityError(f"scorer state of format {form!r} for {name!r}, expected {STATE_FORMAT!r}; calibrate again")
-
-
-@dataclass(frozen=True)
-class CrossFit:
-    """A scorer fitted on all normals, and what each normal scored under a fit without its patient.
-
-    Attributes:
-        scorer: fitted on all normals.
-        normal_scores_N: out-of-fold, in the order of the features.
-        map_scale: 99.5 % pixel quantile of the out-of-fold maps.
-        normal_peaks_N: highest pixel of each out-of-fold map, as stored (float16).
-    """
-
-    scorer: Scorer
-    normal_scores_N: NDArray[np.float64]
-    map_scale: float
-    normal_peaks_N: NDArray[np.float64]
-
-
-def fit_and_calibrate(
-    scorer: Scorer, normals: Features, patient_keys: Sequence[str], folds: int = 5, seed: int = 0
-) -> CrossFit:
-    """Fit a scorer on normals and score the same normals out of fold, whole patients at a time.
-
-    A fit has seen its own normals and calls them too normal, so calibrating on them would flag new normals more
-    often than promised. Each patient is therefore scored by a fit on the other folds. The approximation: those fits
-    have (folds - 1) / folds of the data and the final scorer has all, so new normals score slightly lower than the
-    out-of-fold ones and the false-positive rate errs on the low side (cross-conformal prediction; the exact
-    guarantee is that of a split into one part to fit and one to calibrate).
-
-    Raises:
-        DataError: keys and features differ in number, or there are fewer than two patients.
-
-    Source: Vovk, Cross-conformal predictors, Annals of Mathematics and Artificial Intelligence 2015.
-    """
-    if len(patient_keys) != len(normals):
-        raise DataError(f"{len(patient_keys)} patient keys for {len(normals)} images")
-    patients = sorted(set(patient_keys))
-    if len(patients) < 2:
-        raise DataError(f"{len(patients)} normal patients to calibrate on; expected at least 2")
-    folds = min(folds, len(patients))
-    order = np.random.default_rng(seed).permutation(len(patients))
-    fold_of = {patients[place]: position % folds for position, place in enumerate(order)}
-    fold_N = np.array([fold_of[key] for key in patient_keys])
-    scorer = scorer.prepare(normals)
-    scores_N, peaks_N = np.empty(len(normals)), np.empty(len(normals))
-    maps: list[NDArray[np.floating]] = []
-    for fold in range(folds):
-        batch = scorer.fit(normals.take(fold_N != fold)).score_features(normals.take(fold_N == fold))
-        scores_N[fold_N == fold] = batch.anomaly_score_B
-        maps.append(batch.anomaly_map_BHW.astype(np.float16))
-        peaks_N[fold_N == fold] = maps[-1].max((1, 2))
-    return CrossFit(scorer.fit(normals), scores_N, map_scale(np.concatenate(maps)), peaks_N)
 
 
 def _plain(features: Features) -> ScoreBatch:

@@ -14,8 +14,9 @@ from memmc.model.artifact import ModelInfo, export_model
 from memmc.model.mae import MemMCMAE
 from memmc.scoring.actor import Reconstructor, ScoringJob, model_files
 from memmc.scoring.bulk import join_features
+from memmc.scoring.cross_fit import fit_and_calibrate
 from memmc.scoring.maps import decode_map
-from memmc.scoring.scorer import fit_and_calibrate, make_scorer
+from memmc.scoring.scorer import make_scorer
 from memmc.scoring.strata import Judge, fit_strata
 
 SIZE, COUNT, TOLERANCE = 32, 40, 1e-5

@@ -17,9 +17,10 @@ from memmc.lake.schemas import CALIBRATIONS, SCHEMAS
 from memmc.scoring.actor import Reconstructor, ScoringJob
 from memmc.scoring.bulk import join_features
 from memmc.scoring.calibration import p_values, threshold_at
+from memmc.scoring.cross_fit import CrossFit, fit_and_calibrate
 from memmc.scoring.early_stop import Stage, StopRule, fit_early_stop, stage_passes
 from memmc.scoring.masks import RunningReconstruction, complementary_groups, reconstruct
-from memmc.scoring.scorer import CrossFit, SimilarityScorer, fit_and_calibrate, make_scorer, scorer_from_bytes
+from memmc.scoring.scorer import SimilarityScorer, make_scorer, scorer_from_bytes
 from memmc.scoring.similarity import l1
 from memmc.scoring.strata import POOLED, Judge, fit_strata
 

@@ -15,9 +15,10 @@ from memmc.lake.tables import Lake
 from memmc.scoring.actor import Reconstructor, ScoringJob, complete
 from memmc.scoring.bulk import score_columns
 from memmc.scoring.calibration import threshold_at
+from memmc.scoring.cross_fit import fit_and_calibrate
 from memmc.scoring.maps import decode_map
 from memmc.scoring.regions import RegionJudge, map_columns, region_judge
-from memmc.scoring.scorer import Features, fit_and_calibrate, make_scorer
+from memmc.scoring.scorer import Features, make_scorer
 
 
 def normal_maps(count: int, seed: int) -> np.ndarray:

@@ -13,15 +13,9 @@ from hypothesis import strategies as st
 from memmc.config import ScoreConfig, ScorerName
 from memmc.errors import DataError, IntegrityError, MemmcError, UsageError
 from memmc.scoring.calibration import threshold_at
+from memmc.scoring.cross_fit import fit_and_calibrate
 from memmc.scoring.masks import PastedReconstruction
-from memmc.scoring.scorer import (
-    Features,
-    ResidualStatisticsScorer,
-    Scorer,
-    fit_and_calibrate,
-    make_scorer,
-    scorer_from_bytes,
-)
+from memmc.scoring.scorer import Features, ResidualStatisticsScorer, Scorer, make_scorer, scorer_from_bytes
 
 SCORERS = get_args(ScorerName)
 

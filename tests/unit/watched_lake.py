@@ -23,7 +23,8 @@ from memmc.pipeline.select import newest_calibration
 from memmc.scoring.actor import Reconstructor, ScoringJob, model_files
 from memmc.scoring.bulk import join_features, score_columns
 from memmc.scoring.calibration import threshold_at
-from memmc.scoring.scorer import fit_and_calibrate, make_scorer
+from memmc.scoring.cross_fit import fit_and_calibrate
+from memmc.scoring.scorer import make_scorer
 from memmc.scoring.strata import fit_strata
 
 SIDE = 32
