@@ -29,8 +29,8 @@ stack-down: setup
 	$(BIN)/python infra/stack/stack.py down
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(BIN)/python -m pytest -m slow --durations=20
 
 check: setup
 	$(BIN)/ruff format --check .
