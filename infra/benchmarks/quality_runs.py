@@ -25,7 +25,7 @@ import itertools
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(QUESTIONS), default=list(QUESTIONS))
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", help="of a question, by name; all when absent")
     parser.add_argument("--minutes", type=float, help="of every run, in place of the question's own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--limit", type=int, help="images of each kind, for a try")
@@ -205,7 +206,11 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     runs = Runs(args)
     for name in args.only:
-        runs.table(name, QUESTIONS[name])
+        question = QUESTIONS[name]
+        chosen = {key: changes for key, changes in question.variants.items() if key in (args.variants or [key])}
+        if not chosen:
+            raise SystemExit(f"--variants: {name} has {', '.join(question.variants)}")
+        runs.table(name, replace(question, variants=chosen))
     return 0
 
 
