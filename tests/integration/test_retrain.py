@@ -43,6 +43,7 @@ SETTINGS = [
     "evaluate.bootstrap=200",
     "promote.confidence=0.99",  # a story is told once: no gate may say no by chance
     "promote.max_changed=0.4",
+    "promote.max_slowdown=10",
     "promote.min_labelled=5",
     "promote.parity=",
     "promote.probes=40",
