@@ -25,7 +25,7 @@ _LONGEST_SESSION_PARENT = 40
 _OBJECT_STORE_BYTES = 2 << 30
 _SPARE_CPUS = 2
 _REMOVE_ATTEMPTS = 40
-_ANSWER_S = 10.0
+_ANSWER_S = 10.0  # of a cluster that is to be joined
 _START_ATTEMPTS = 3  # Ray gives a node 30 s, which a machine under load may miss
 
 
@@ -118,18 +118,17 @@ def _join(ray: Any, address: str) -> None:
         if place.hostname and place.port:  # Ray asks a place where nothing listens for more than five minutes
             socket.create_connection((place.hostname, place.port), _ANSWER_S).close()
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - refused, of another version, without the token: Ray has no one kind
         raise StorageError(
             f"no Ray cluster could be joined at ray.address ({type(error).__name__}); check that it runs there, with "
             "the Ray and Python versions of this machine, and that RAY_AUTH_TOKEN_PATH names its token"
-        ) from error
+        ) from None
 
 
 def _start(ray: Any, config: Config, home: Path, training: bool) -> Path:
     """Start a cluster in this process tree; return its session's folder."""
-    attempt = 0
-    while True:
-        attempt += 1
+    failure = ""
+    for _ in range(_START_ATTEMPTS):
         parent = _session_parent(home)
         try:
             ray.init(
@@ -142,14 +141,14 @@ def _start(ray: Any, config: Config, home: Path, training: bool) -> Path:
                 _temp_dir=str(parent),
             )
             return parent
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - what Ray raises for a late node is no narrower
             ray.shutdown()
             _remove(parent)
-            if attempt == _START_ATTEMPTS:
-                raise MemmcError(
-                    f"a Ray cluster did not start here in {attempt} attempts ({type(error).__name__}); free memory or "
-                    "wait for other work to end, then run again"
-                ) from error
+            failure = type(error).__name__
+    raise MemmcError(
+        f"a Ray cluster did not start here in {_START_ATTEMPTS} attempts ({failure}); free memory or wait for other "
+        "work to end, then run again"
+    )
 
 
 @contextmanager

@@ -82,9 +82,10 @@ class _Worker:
         self._feed = PinnedFeed(feed) if self._device.type == "cuda" else feed
         self._peers = Group(self._device, job.train.strategy) if self._world_size > 1 else Alone()
         self._fixed = Fixed.of(images_VCHW[:_HEALTH_IMAGES], self._model)
-        held_out = HeldOut(images_VCHW, self._model, self._peers, self._rank, self._world_size)
-        self._held_out = held_out if job.train.validate_share else None
-        self._save: Save | None = None
+        self._held_out: HeldOut | None = None
+        if job.train.validate_share:
+            self._held_out = HeldOut(images_VCHW, self._model, self._peers, self._rank, self._world_size)
+        self._save: Save  # of the latest checkpoint; the loop ends with one
 
     def run(self) -> None:
         """Train on from the run's checkpoint if there is one, and leave the model in the last one."""
@@ -104,8 +105,7 @@ class _Worker:
 
         def save(folder: Path) -> None:
             """Keep the run's state beside the model: a driver killed before it registers the model comes back here."""
-            if self._save:
-                self._save(folder)
+            self._save(folder)
             _export(folder, self._job, outcome)
 
         parts = ablations(outcome.selected, self._fixed) if self._rank == 0 else {}
