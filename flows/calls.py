@@ -25,7 +25,7 @@ from flows.progress import Both, PrefectProgress
 from memmc.config import Config, load_config
 from memmc.errors import IdentityKeyError, MemmcError, StorageError, UsageError
 from memmc.pipeline.audit import acting
-from memmc.pipeline.custody import adopt, holding
+from memmc.pipeline.custody import adopt, handed_over, holding
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.results import Result
 
@@ -36,6 +36,12 @@ logger = logging.getLogger(__name__)
 
 Overrides = dict[str, dict[str, Any]]
 RETRY_DELAYS_S = [2.0, 10.0]
+PLACES: Mapping[str, frozenset[str]] = {
+    "source": frozenset({"uri", "labels_file", "user", "password_file", "token_file", "ca_file"}),
+    "deid": frozenset({"key_file"}),
+}
+"""Settings, by section, that Prefect is not shown: a path may be called after a patient, or lead to a secret."""
+
 _CREDENTIALS = re.compile(r"://[^/@\s]*@")
 
 
@@ -80,7 +86,7 @@ def call_flow(
         StorageError: the Prefect server cannot be reached.
         MemmcError: what the step raised.
     """
-    shown = {**parameters, "config": overrides_of(config)}
+    shown = {**parameters, "config": without(overrides_of(config), PLACES)}
     check_cohort(parameters["cohort"])
     refuse_credentials(shown)
     given = {name: parameters[name] for name in places if parameters.get(name) is not None}
@@ -137,7 +143,8 @@ def run_step(key: str, config: Overrides | None, step: Callable[[Config, Progres
         resolved = config_in_force(config)
         adopt(os.environ)
         secret = resolved.deid.key_secret
-        held = nullcontext() if secret is None else holding(secret_value(secret))
+        # A key in the environment comes before the block, as it comes before a file.
+        held = nullcontext() if secret is None or handed_over() is not None else holding(secret_value(secret))
         limit = time_limit(resolved.operate.deadline_minutes)
         with limit, held, _acting_as_deployment(), PrefectProgress(key) as shown:
             result = step(resolved, Both(caller.progress, shown) if caller else shown)
@@ -204,6 +211,15 @@ def overrides_of(config: Config) -> Overrides:
     }
     found["train"] |= {"preset": config.train.preset} if config.train.preset != Config().train.preset else {}
     return {section: fields for section, fields in found.items() if fields}
+
+
+def without(overrides: Overrides, keys: Mapping[str, Collection[str]]) -> Overrides:
+    """Return settings less some keys, by section; a section left empty goes too."""
+    kept = {
+        section: {key: value for key, value in fields.items() if key not in keys.get(section, ())}
+        for section, fields in overrides.items()
+    }
+    return {section: fields for section, fields in kept.items() if fields}
 
 
 def config_of(overrides: Overrides | None) -> Config:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.calls import refuse_credentials, setting_arguments
+from flows.calls import PLACES, refuse_credentials, setting_arguments
 from flows.deployment_file import Deployment, DeploymentFile, Schedule, WorkPool
 from memmc import __version__
 from memmc.config import load_config
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
 
 # Prefect shows parameters; a place may be called after a patient.
-_PLACES = {"source", "labels_file"}
+_PARAMETERS = {"source", "labels_file"}
 _WORKERS = "server/api/collections_data/views/aggregate-worker-metadata.json"
 
 
@@ -122,11 +122,15 @@ def _check_parameters(wanted: Wanted) -> None:
         where = wanted.name if schedule is None else f"{wanted.name}, schedule {schedule.slug}"
         given = wanted.spec.parameters | ({} if schedule is None else schedule.parameters)
         refuse_credentials(given)
-        shown = sorted(_PLACES & given.keys())
+        shown = sorted(_PARAMETERS & given.keys())
+        settings = given.get("config") or {}
+        shown += [
+            f"{name}.{key}" for name in PLACES for key in sorted(PLACES[name] & (settings.get(name) or {}).keys())
+        ]
         if shown:
             raise UsageError(
                 f"{where}: parameter '{shown[0]}' would be shown to whoever opens the server, and a place may be "
-                "called after a patient; set source.uri in the worker's configuration (MEMMC_CONFIG, MEMMC_SOURCE__URI)"
+                "called after a patient; set it in the worker's configuration (MEMMC_CONFIG, MEMMC_SOURCE__URI)"
             )
         unknown = sorted(given.keys() - wanted.parameter_schema["properties"].keys())
         if unknown:

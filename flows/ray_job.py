@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flows.calls import config_of, kept_places, overrides_of, refuse_credentials, setting_arguments
+from flows.calls import (
+    PLACES,
+    config_of,
+    kept_places,
+    overrides_of,
+    refuse_credentials,
+    setting_arguments,
+    without,
+)
 from memmc.config import Config, RayConfig
 from memmc.errors import UsageError
 from memmc.pipeline.cluster_job import run_job, stop_jobs, takes_jobs
@@ -26,9 +34,8 @@ R = TypeVar("R", bound=Result)
 
 # What the cluster knows for itself, or what ends with the submitting step.
 _STAYS_HERE = {
+    **PLACES,
     "ray": frozenset(RayConfig.model_fields),
-    "source": frozenset({"uri", "labels_file", "user", "password_file", "token_file", "ca_file"}),
-    "deid": frozenset({"key_file"}),
     "operate": frozenset({"deadline_minutes"}),
 }
 
@@ -81,10 +88,7 @@ def settings_of(config: Config) -> list[str]:
         )
     if "://" not in config.lake.uri and not config.lake.uri.startswith("/"):
         raise UsageError("lake.uri is a relative path, which means another place on a cluster; name an s3:// URI")
-    settings = {
-        section: {key: value for key, value in fields.items() if key not in _STAYS_HERE.get(section, ())}
-        for section, fields in overrides_of(config).items()
-    }
+    settings = without(overrides_of(config), _STAYS_HERE)
     settings["ray"] = {"address": "auto"}
     refuse_credentials(settings)
     return [part for text in setting_arguments(settings) for part in ("--set", text)]

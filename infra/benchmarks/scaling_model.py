@@ -145,7 +145,7 @@ def check(args: argparse.Namespace) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gate", default="channel", choices=["channel", "head", "scalar"])
+    parser.add_argument("--gate", default="head", choices=["channel", "head", "scalar"])
     parser.add_argument("--batch", type=int, default=128, help="images per GPU and step")
     parser.add_argument("--images", type=float, default=20.48e6, help="of the whole run: 20,000 steps of 1,024")
     parser.add_argument("--share", type=float, default=0.35, help="of the peak that is reached; assumed")

@@ -61,9 +61,9 @@ def summary(result: EraseResult) -> str:
     verb = "erased" if result.erased else "to erase"
     counts = ", ".join(f"{count} rows of {table}" for table, count in result.rows.items())
     lines = [f"{verb}: {counts}; {result.files} files, {len(result.reports)} reports"]
-    lines += [
-        f"  {model['model']}: {model['use']} met these images; train and calibrate anew" for model in result.models
-    ]
+    for model in result.models:
+        told = "" if model["use"].startswith("unknown") else " met these images; train and calibrate anew"
+        lines.append(f"  {model['model']}: {model['use']}{told}")
     if result.waiting or result.writers:
         lines.append(
             f"{result.writers} runs were writing and {result.waiting} of their files hold such rows: "

@@ -34,7 +34,7 @@ CohortOption = Annotated[str, typer.Option("--cohort", metavar="C", help="Name t
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", metavar="MODEL", help="name, name/version, name@alias or a model folder; else the champion."
+        "--model", metavar="MODEL", help="name, name/version, name@alias or a model folder; else the cohort's champion."
     ),
 ]
 SinceOption = Annotated[

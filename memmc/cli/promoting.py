@@ -44,7 +44,8 @@ def promote(
 
 def rollback(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Registered model; the only one with a champion when absent.")
+        str | None,
+        typer.Argument(metavar="NAME", help="Registered model; may be left out where only one has a champion."),
     ] = None,
     lake: LakeOption = None,
     config: ConfigOption = None,

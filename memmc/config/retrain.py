@@ -96,6 +96,6 @@ class RetrainConfig(Section):
     )
     screen_p_value: Fraction = Field(
         default=0.01,
-        description="A new normal whose p-value is at most this is suspect; about this share of true normals is, too "
-        "[choice].",
+        description="A new normal whose p-value is at most this, or the smallest that the champion's calibration can "
+        "tell, is suspect; about this share of true normals is, too [choice].",
     )

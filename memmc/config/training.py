@@ -54,7 +54,7 @@ class ModelConfig(Section):
         default=True, description="Self-attention in the decoder's blocks [M2, MAE]; off is cheaper [choice]."
     )
     gate: Literal["channel", "head", "scalar"] = Field(
-        default="channel",
+        default="head",
         description="Granularity of the level gates: channel [M2]; head and scalar are cheaper [choice].",
     )
     norm_pix_loss: bool = Field(
@@ -80,7 +80,6 @@ class ModelConfig(Section):
 PRESETS: Mapping[Preset, Mapping[str, Mapping[str, Any]]] = {
     # A few thousand small steps on a CPU: little batches and a high rate learn most in a few minutes.
     "tiny": {
-        "model": {"gate": "head"},
         "train": {"batch_size": 8, "base_lr": 0.016, "ema_decay": 0.99},
     },
     "small": {

@@ -56,31 +56,95 @@ class ControlResult:
     gain_interval: Interval
 
 
-def control_scores(train: ArrayLike, test: ArrayLike) -> dict[str, FloatArray]:
-    """Return the raw score of each test image by each control that needs pixels alone, (N,) per name.
+@dataclass(frozen=True)
+class FittedControls:
+    """The controls that need pixels alone, fitted on normals; each image is scored by itself.
 
-    `mean_image` comes from `memmc.scoring.mean_image`: it uses the statistics of the default score.
-
-    Args:
-        train: (M, H, W) normal training images in [0, 1], M >= 2.
-        test: (N, H, W) test images, prepared the same way.
-
-    Raises:
-        DataError: not three dimensions, unequal sizes, or fewer than two training images.
+    Attributes:
+        size: height and width of the images, px.
+        mean_F: of the reduced training images.
+        train_MF: reduced training images, less their mean.
+        axes_CF, variance_C, noise: their principal components, and the variance in every other direction.
     """
-    train_MHW, test_NHW = np.asarray(train, dtype=np.float64), np.asarray(test, dtype=np.float64)
-    if train_MHW.ndim != 3 or test_NHW.ndim != 3 or train_MHW.shape[1:] != test_NHW.shape[1:] or len(train_MHW) < 2:
-        raise DataError(
-            f"controls: training images {train_MHW.shape}, test images {test_NHW.shape}; "
-            "expected (M, H, W) with M >= 2 and (N, H, W) of the same size"
+
+    size: tuple[int, ...]
+    mean_F: FloatArray
+    train_MF: FloatArray
+    axes_CF: FloatArray
+    variance_C: FloatArray
+    noise: float
+
+    @classmethod
+    def fit(cls, train: ArrayLike) -> FittedControls:
+        """Fit the controls.
+
+        Args:
+            train: (M, H, W) normal training images in [0, 1], M >= 2.
+
+        Raises:
+            DataError: not three dimensions, or fewer than two images.
+        """
+        train_MHW = np.asarray(train, dtype=np.float64)
+        if train_MHW.ndim != 3 or len(train_MHW) < 2:
+            raise DataError(f"controls: training images {train_MHW.shape}; expected (M, H, W) with M >= 2")
+        reduced_MF = reduce_images(train_MHW)
+        mean_F = reduced_MF.mean(axis=0)
+        train_MF = reduced_MF - mean_F
+        _, singular, axes_CF = np.linalg.svd(train_MF, full_matrices=False)
+        variance_C = singular**2 / (len(train_MF) - 1)
+        num = min(COMPONENTS, int((variance_C > 1e-12).sum()))
+        noise = max(float(variance_C[num:].sum()) / max(train_MF.shape[1] - num, 1), 1e-8)
+        return cls(train_MHW.shape[1:], mean_F, train_MF, axes_CF[:num], variance_C[:num], noise)
+
+    def scores(self, test: ArrayLike) -> dict[str, FloatArray]:
+        """Return the raw score of each image by each control, (N,) per name.
+
+        `mean_image` comes from `memmc.scoring.mean_image`: it uses the statistics of the default score.
+
+        Args:
+            test: (N, H, W) images, prepared as the training images were.
+
+        Raises:
+            DataError: not three dimensions, or another size than the training images.
+        """
+        test_NHW = np.asarray(test, dtype=np.float64)
+        if test_NHW.ndim != 3 or test_NHW.shape[1:] != self.size:
+            raise DataError(
+                f"controls: test images {test_NHW.shape}, training images of {self.size}; "
+                "expected (N, H, W) of the same size"
+            )
+        offset_NF = reduce_images(test_NHW) - self.mean_F
+        return {
+            "pca_8x8": self._gaussian_distance(offset_NF),
+            "knn_8x8": self._neighbour_distance(offset_NF),
+            "mean_intensity": test_NHW.mean(axis=(1, 2)),
+            "sharpness": np.abs(np.diff(test_NHW, axis=2)).mean(axis=(1, 2)),
+        }
+
+    def _gaussian_distance(self, offset_NF: FloatArray) -> FloatArray:
+        """Return the Mahalanobis distance under a probabilistic PCA of the training images."""
+        inside_NC = offset_NF @ self.axes_CF.T
+        residual_N = (offset_NF**2).sum(axis=1) - (inside_NC**2).sum(axis=1)
+        return np.sqrt(
+            (inside_NC**2 / (self.variance_C + 1e-8)).sum(axis=1) + np.clip(residual_N, 0, None) / self.noise
         )
-    train_MF, test_NF = reduce_images(train_MHW), reduce_images(test_NHW)
-    return {
-        "pca_8x8": _gaussian_distance(train_MF, test_NF),
-        "knn_8x8": _neighbour_distance(train_MF, test_NF),
-        "mean_intensity": test_NHW.mean(axis=(1, 2)),
-        "sharpness": np.abs(np.diff(test_NHW, axis=2)).mean(axis=(1, 2)),
-    }
+
+    def _neighbour_distance(self, offset_NF: FloatArray) -> FloatArray:
+        """Return the mean Euclidean distance to the nearest training images."""
+        num = min(NEIGHBOURS, len(self.train_MF))
+        squares_M = (self.train_MF**2).sum(axis=1)
+        scores = np.empty(len(offset_NF))
+        for start in range(0, len(offset_NF), 256):
+            chunk = offset_NF[start : start + 256]
+            squared = (chunk**2).sum(axis=1)[:, None] + squares_M - 2 * chunk @ self.train_MF.T
+            nearest = np.partition(np.clip(squared, 0, None), num - 1, axis=1)[:, :num]
+            scores[start : start + 256] = np.sqrt(nearest).mean(axis=1)
+        return scores
+
+
+def control_scores(train: ArrayLike, test: ArrayLike) -> dict[str, FloatArray]:
+    """Return the raw score of each test image by each control that needs pixels alone; see `FittedControls`."""
+    return FittedControls.fit(train).scores(test)
 
 
 def evaluate_controls(
@@ -96,7 +160,7 @@ def evaluate_controls(
     """Return AUROC, interval and the model's gain over each control, best control first.
 
     Args:
-        controls: (N,) raw scores per name, as `control_scores` returns.
+        controls: (N,) raw scores per name, as `FittedControls.scores` returns.
         labels: (N,), true where abnormal.
         model_scores: (N,) of the model, higher is more abnormal.
         patients: (N,) keys.
@@ -141,31 +205,3 @@ def _area_weights(size: int, side: int) -> FloatArray:
     pixel = np.arange(size)
     overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
     return np.clip(overlap, 0, None) * (side / size)
-
-
-def _gaussian_distance(train_MF: FloatArray, test_NF: FloatArray) -> FloatArray:
-    """Return the Mahalanobis distance under a probabilistic PCA of the training images."""
-    mean = train_MF.mean(axis=0)
-    _, singular, axes_CF = np.linalg.svd(train_MF - mean, full_matrices=False)
-    variance_C = singular**2 / (len(train_MF) - 1)
-    num = min(COMPONENTS, int((variance_C > 1e-12).sum()))
-    noise = max(float(variance_C[num:].sum()) / max(train_MF.shape[1] - num, 1), 1e-8)
-    centred_NF = test_NF - mean
-    inside_NC = centred_NF @ axes_CF[:num].T
-    residual_N = (centred_NF**2).sum(axis=1) - (inside_NC**2).sum(axis=1)
-    return np.sqrt((inside_NC**2 / (variance_C[:num] + 1e-8)).sum(axis=1) + np.clip(residual_N, 0, None) / noise)
-
-
-def _neighbour_distance(train_MF: FloatArray, test_NF: FloatArray) -> FloatArray:
-    """Return the mean Euclidean distance to the nearest training images."""
-    num = min(NEIGHBOURS, len(train_MF))
-    centre = train_MF.mean(axis=0)
-    train_MF, test_NF = train_MF - centre, test_NF - centre
-    squares_M = (train_MF**2).sum(axis=1)
-    scores = np.empty(len(test_NF))
-    for start in range(0, len(test_NF), 256):
-        chunk = test_NF[start : start + 256]
-        squared = (chunk**2).sum(axis=1)[:, None] + squares_M - 2 * chunk @ train_MF.T
-        nearest = np.partition(np.clip(squared, 0, None), num - 1, axis=1)[:, :num]
-        scores[start : start + 256] = np.sqrt(nearest).mean(axis=1)
-    return scores

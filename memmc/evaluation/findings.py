@@ -116,11 +116,11 @@ def _false_positives(data: ReportData) -> Iterator[Finding]:
 
 
 def _memory(data: ReportData) -> Iterator[Finding]:
-    if data.memory is None or not data.memory.layers:
+    if data.memory is None:
         return
     layers = data.memory.layers
     idle = [layer.layer for layer in layers if layer.attention_mass < IDLE_MEMORY]
-    if len(idle) == len(layers):
+    if layers and len(idle) == len(layers):
         yield Finding(
             "caution", "Memory is ignored", f"No layer gives its memory more than {IDLE_MEMORY:.0%} of the attention."
         )

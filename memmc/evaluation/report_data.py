@@ -101,7 +101,7 @@ class Reason:
         picture: PNG of `memmc explain`.
         p_value: of the scan.
         region_p_value: of its highest region; None where the map shows none.
-        shares: the largest parts of the score, by scale, and their shares.
+        shares: the largest parts of the score, by scale, and their shares; empty for a score without such parts.
         nearest: cosine likeness of the most similar patch of a training normal.
     """
 
@@ -187,14 +187,16 @@ class Ablation:
 
 @dataclass(frozen=True)
 class MemoryHealth:
-    """Memory of the model, and what is lost without it.
+    """Memory and levels of the model, and what is lost without them.
 
     Attributes:
+        layers: one per encoder layer; empty without slots in the encoder's attention.
         ablation: in AUROC, if measured.
         gates: mean gate of each encoder level the decoder hears, [0, 1]; empty for a single level.
         error: masked error on held-out normals, in standard deviations of the pixels, if measured.
-        error_without_memory: the same with the memory masked out.
-        error_last_level_only: the same with all levels but the last shut off.
+        error_without_memory: the same with the memory masked out, if there is one.
+        error_last_level_only: the same with all levels but the last shut off, if there are several.
+        bottleneck_slots: slots of a memory behind the last level, of which nothing is measured; 0 = none.
     """
 
     layers: tuple[MemoryLayer, ...]
@@ -203,6 +205,7 @@ class MemoryHealth:
     error: float | None = None
     error_without_memory: float | None = None
     error_last_level_only: float | None = None
+    bottleneck_slots: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memmc.errors import IntegrityError, StorageError
+from memmc.lake.commit import LostTurnError
 from memmc.lake.files import DataFile, read_file, write_rows
 from memmc.lake.schemas import INSTANCES, schema_of
 from memmc.lake.shards import ShardFile, lineage_of, read_shard, write_shard
-from memmc.lake.tables import Lake, LostTurnError
+from memmc.lake.tables import Lake
 from memmc.s3 import AbsentError
 
 ERASED = "erased"

@@ -24,6 +24,7 @@ import pyarrow as pa
 from memmc import s3
 from memmc.errors import DataError, IdentityKeyError, StorageError
 from memmc.lake import audit, log
+from memmc.lake.commit import Commit
 from memmc.lake.evolution import evolve
 from memmc.lake.files import DataFile, Filter, Value, read_file, select_rows, values, write_rows
 from memmc.lake.schemas import INSTANCES, LABELS, PARTITION_BY, SCHEMAS, schema_of
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
 COMMIT_ATTEMPTS = 12
 READ_THREADS = 8
 IDENTITY_FILE = "_identity.json"
-
-
-class LostTurnError(StorageError):
-    """Another writer of the same name committed first; read its commit and try again."""
 
 
 class Lake:
@@ -102,55 +99,16 @@ class Lake:
             DataError: the table's schema cannot become the one that this code writes (`evolve`).
             StorageError: the place cannot be written, a shard is gone, or other writers won every attempt.
         """
-        from deltalake import CommitProperties, PostCommitHookProperties, Transaction
         from deltalake.exceptions import CommitFailedError, DeltaError
 
-        schema, by, added = schema_of(table), list(PARTITION_BY.get(table, ())), list(files)
-        actions = [_add_action(table, file) for file in added] + [_remove_action(table, file) for file in remove]
-        taken, held = dict(turns or {}), dict(holds or {})
-        transactions = [Transaction(run_id, step), *(Transaction(name, taken[name] + 1) for name in taken)]
-        transactions += [Transaction(name, held[name]) for name in held]  # so that taking the turn meanwhile conflicts
         self.probe()
-        commit_id = uuid.uuid4().hex
-        properties = CommitProperties(
-            custom_metadata={
-                "run": run_id,
-                "step": str(step),
-                "commit": commit_id,
-                "metadata": json.dumps(metadata or {}),
-                "audit": str(audit.read_head(self.storage) or audit.Head()),
-            },
-            app_transactions=transactions,
-        )
+        head = str(audit.read_head(self.storage) or audit.Head())
+        taken, held = dict(turns or {}), dict(holds or {})
+        commit = Commit(table, list(files), list(remove), run_id, step, metadata or {}, taken, held, head)
         begun = time.monotonic()
         for attempt in range(COMMIT_ATTEMPTS):
             try:
-                delta = self._open_or_make(table)
-                if (delta.transaction_version(run_id) or 0) >= step:
-                    newest = delta.version()
-                    marks = {"run": run_id, "step": str(step)}
-                    found = log.find_commit(self.storage, table, range(newest, -1, -1), marks)
-                    return newest if found is None else found
-                if any((delta.transaction_version(name) or 0) != number for name, number in {**taken, **held}.items()):
-                    raise LostTurnError(f"table '{table}': another run committed first; run again")
-                if attempt == 0:
-                    self._check_present(added)
-                delta.create_write_transaction(
-                    actions,
-                    mode="append",
-                    schema=schema,
-                    partition_by=by,
-                    commit_properties=properties,
-                    # By default entries of the log older than a month go, and with them the versions models name.
-                    post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
-                )
-                # Others may have committed meanwhile, so ours is somewhere after the version that we started from.
-                later = range(delta.version() + 1, self._open(table).version() + 1)
-                version = log.find_commit(self.storage, table, later, {"commit": commit_id})
-                if version is None:
-                    raise StorageError(f"table '{table}': the commit cannot be found after it was made; run again")
-                self.storage.persist(log.entry_name(table, version))
-                return version
+                return self._publish(commit, first=attempt == 0)
             except CommitFailedError:
                 time.sleep(random.uniform(0, 0.05) * 2 ** min(attempt, 5))
             except (DeltaError, OSError) as error:
@@ -159,6 +117,25 @@ class Lake:
                     raise _storage_error(error) from None
                 time.sleep(random.uniform(0.1, 0.5))
         raise StorageError(f"table '{table}': other writers won {COMMIT_ATTEMPTS} attempts in a row; run again")
+
+    def _publish(self, commit: Commit, first: bool) -> int:
+        """Return the version of a commit, made now unless it was made before."""
+        table = commit.table
+        delta = self._open_or_make(table)
+        version = commit.held(self.storage, delta)
+        if version is not None:
+            return version
+        commit.check_turns(delta)
+        if first:
+            commit.check_present(self.storage)
+        commit.write(delta)
+        # Others may have committed meanwhile, so ours is somewhere after the version that we started from.
+        later = range(delta.version() + 1, self._open(table).version() + 1)
+        version = log.find_commit(self.storage, table, later, {"commit": commit.commit_id})
+        if version is None:
+            raise StorageError(f"table '{table}': the commit cannot be found after it was made; run again")
+        self.storage.persist(log.entry_name(table, version))
+        return version
 
     def turn(self, table: str, name: str) -> int:
         """Return how many commits took a turn under this name; for `commit`, read before what the commit rests on."""
@@ -343,13 +320,6 @@ class Lake:
         except (DeltaError, OSError) as error:
             raise _storage_error(error) from None
 
-    def _check_present(self, files: Sequence[ShardFile]) -> None:
-        """Refuse to publish what is not there: a vacuum may have met a run that slept longer than its lease."""
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            absent = sum(not there for there in pool.map(lambda file: self.storage.exists(file.path), files))
-        if absent:
-            raise StorageError(f"{absent} of {len(files)} shards to be committed are gone; run again: nothing was")
-
     def _open(self, table: str, version: int | None = None) -> DeltaTable:
         from deltalake import DeltaTable
         from deltalake.exceptions import DeltaError, TableNotFoundError
@@ -411,33 +381,6 @@ def _may_hold(action: Mapping[str, Any], partition: Mapping[str, str], name: str
         return partition[name] in allowed
     low, high = action.get(f"min.{name}"), action.get(f"max.{name}")
     return low is None or low != high or low in allowed
-
-
-def _add_action(table: str, file: ShardFile) -> Any:
-    from deltalake.transaction import AddAction
-
-    if not file.path.startswith(f"{table}/"):
-        raise DataError(f"a shard written for another table cannot be committed to '{table}'")
-    return AddAction(
-        path=file.path.removeprefix(f"{table}/"),
-        size=file.size,
-        partition_values=dict(file.partition),
-        modification_time=time.time_ns() // 1_000_000,
-        data_change=True,
-        stats=file.stats,
-    )
-
-
-def _remove_action(table: str, file: DataFile) -> Any:
-    from deltalake.transaction import RemoveAction
-
-    return RemoveAction(
-        path=file.path.removeprefix(f"{table}/"),
-        data_change=True,
-        deletion_timestamp=time.time_ns() // 1_000_000,
-        partition_values=dict(file.partition),
-        size=file.size,
-    )
 
 
 def _storage_error(error: Exception) -> StorageError:

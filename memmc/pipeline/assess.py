@@ -10,24 +10,25 @@ import numpy as np
 
 from memmc.config import Config
 from memmc.evaluation.boxes import BoxFigures
-from memmc.evaluation.controls import ControlResult, control_scores, evaluate_controls
+from memmc.evaluation.controls import ControlResult, FittedControls, evaluate_controls
 from memmc.evaluation.metrics import Evaluation, evaluate_scores
 from memmc.evaluation.operating import RatePoint, SensitivityAt, rate_points, sensitivities
 from memmc.evaluation.report_data import GroupResult, Localisation
 from memmc.evaluation.subgroups import subgroups
 from memmc.lake.tables import Lake
 from memmc.pipeline.identity import held_key, home_directory
-from memmc.pipeline.images import Images, read_images, read_masks
+from memmc.pipeline.images import Images, image_batches, read_images, read_masks
 from memmc.pipeline.localise import localise_boxes, localise_masks, read_boxes
 from memmc.pipeline.models import OpenModel
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.select import newest_calibration, normals, one_preparation, score_rows, unmet
 from memmc.scoring.maps import decode_map
-from memmc.scoring.mean_image import mean_image_scores
+from memmc.scoring.mean_image import FittedMeanImage
 from memmc.scoring.residuals import MIN_FIT
 from memmc.scoring.strata import POOLED, judge_of
 
 _CONTROL_NORMALS = 1000
+_AT_ONCE = 256  # images of unmet patients that are held in memory
 _SPECIFICITIES = (0.90, 0.95)
 
 
@@ -90,7 +91,7 @@ def assess(
     }
     progress.stage("evaluate")
     evaluation = evaluate_scores(labels, values, flagged, patients, **settings)
-    raw = _control_scores(config, lake, model, calibration, read_images(lake, cohort, uids).mean(axis=-1))
+    raw = scores_without_model(config, lake, model, calibration, cohort, uids)
     controls = evaluate_controls(raw, labels, values, patients, **settings)
     key, calibration_id = held_key(config, home_directory()), calibration["calibration_id"]
     drawn = read_boxes(boxes, key) if boxes else None
@@ -133,17 +134,28 @@ def one_preparation_id(rows: list[dict[str, Any]]) -> str:
     return str(one_preparation(rows)["preprocess_id"])
 
 
-def _control_scores(
-    config: Config, lake: Lake, model: OpenModel, calibration: dict[str, Any], test_NHW: Images
+def scores_without_model(
+    config: Config, lake: Lake, model: OpenModel, calibration: dict[str, Any], cohort: str, uids: list[str]
 ) -> dict[str, Any]:
-    """Return the raw scores of all controls, (N,) per name; too few held-out normals leave the mean image out."""
+    """Return the raw scores of all controls, (N,) per name, in the order of the UIDs.
+
+    The images are read some at a time. Too few held-out normals leave the mean image out.
+    """
     seed = config.evaluate.seed
     train_NHW = _some_normals(lake, model.cohort, "train", model.dataset_version, seed)
     held_NHW = _some_normals(lake, calibration["cohort"], "calibrate", calibration["dataset_version"], seed)
-    found = control_scores(train_NHW, test_NHW)
-    if len(held_NHW) < MIN_FIT:
-        return found
-    return {**found, "mean_image": mean_image_scores(config.score, train_NHW, held_NHW, test_NHW)}
+    controls = FittedControls.fit(train_NHW)
+    mean_image = FittedMeanImage.fit(config.score, train_NHW, held_NHW) if len(held_NHW) >= MIN_FIT else None
+    read: list[str] = []
+    parts: list[dict[str, Any]] = []
+    for names, images_NHWC in image_batches(lake, cohort, uids, _AT_ONCE):
+        grey_NHW = images_NHWC.mean(axis=-1)
+        found = controls.scores(grey_NHW)
+        parts.append(found if mean_image is None else {**found, "mean_image": mean_image.scores(grey_NHW)})
+        read += names
+    place = {uid: number for number, uid in enumerate(read)}
+    order = [place[uid] for uid in uids]
+    return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
 
 
 def _some_normals(lake: Lake, cohort: str, split: str, version: int, seed: int) -> Images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from memmc.pipeline.audit import recorded
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
+from memmc.pipeline.placement import place_scoring
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.quality import gate
 from memmc.pipeline.results import CalibrationResult
@@ -62,7 +64,7 @@ def calibrate(
     progress = progress or Silent()
     home = home_directory()
     lake = Lake(config.lake.uri)
-    opened = open_model(config, home, model)
+    opened = open_model(config, home, model, cohort)
     gate(config, cohort or opened.cohort, progress=progress)
     with ray_cluster(config, home, training=False) as ray:
         return calibrate_model(config, ray, lake, opened, cohort or opened.cohort, progress)
@@ -75,11 +77,10 @@ def calibrate_model(
     version = model.dataset_version if cohort == model.cohort else lake.version("instances")
     rows = normals(lake, cohort, "calibrate", version)
     model.require({str(one_preparation(rows)["preprocess_id"])})
-    if len(rows) < config.calibrate.min_normals:
-        raise GateRefused(
-            f"{len(rows)} held-out normal images, at least {config.calibrate.min_normals} are needed "
-            "(calibrate.min_normals); ingest more normals or raise split.calibrate"
-        )
+    remedy = f"ingest more normals into cohort '{cohort}'"
+    if cohort == model.cohort:
+        remedy = f"train again when there are more (--resume new: {model.ref} keeps to table version {version})"
+    require_normals(config, len(rows), remedy)
     progress.stage("calibrate", len(rows))
     fitted, keys, stop = _fit(config, _features(config, ray, lake, model, cohort, version, rows, progress))
     settings = config.calibrate
@@ -115,6 +116,31 @@ def calibrate_model(
     }
     lake.append(CALIBRATIONS, pa.Table.from_pylist([row], schema=SCHEMAS[CALIBRATIONS]), f"calibrate-{identifier}")
     return as_result(row, len(set(keys.patients)))
+
+
+def require_normals(config: Config, count: int, remedy: str, *, early_stages: int = 0) -> None:
+    """Refuse a calibration on too few held-out normals.
+
+    Args:
+        count: held-out normals there are.
+        remedy: how there come to be more.
+        early_stages: numbers of passes after which images may stop early (`score.early_stop`), all passes not counted.
+
+    Raises:
+        GateRefused: fewer than `calibrate.min_normals`, or than the rates ask for.
+    """
+    needed = {
+        "lower calibrate.min_normals": config.calibrate.min_normals,
+        "raise calibrate.false_positive_rate": math.ceil(1.0 / config.calibrate.false_positive_rate - 1.0 - 1e-9),
+    }
+    if config.score.early_stop and early_stages:
+        needed["set score.early_stop=0"] = math.ceil(2.0 * early_stages / config.score.early_stop - 1.0 - 1e-9)
+    missing = {way: least for way, least in needed.items() if count < least}
+    if missing:
+        raise GateRefused(
+            f"{count} held-out normal images, at least {max(missing.values())} are needed; {remedy}, "
+            f"or {' and '.join(missing)}"
+        )
 
 
 def as_result(row: dict[str, Any], num_patients: int) -> CalibrationResult:
@@ -153,10 +179,11 @@ def _features(
     files = lake.files("instances", version, {"outcome": "stored", "split": "calibrate", "cohort": cohort})
     strata = config.calibrate.strata
     keys = [row["object_key"] for row in rows]
+    score, use_gpu = place_scoring(ray, config.score)
     job = ScoringJob(
         model_files(model.folder),
-        config.score,
-        use_gpu=has_gpu(ray, config),
+        score,
+        use_gpu=use_gpu,
         strata=strata,
         each_stage=config.score.early_stop > 0,
     )
@@ -199,8 +226,3 @@ def _strata(config: Config, scores_N: Any, keys: Keys) -> list[Stratum]:
     settings = config.calibrate
     rates = (settings.rates, settings.false_positive_rate, settings.min_stratum_normals)
     return fit_strata(scores_N, keys.strata, keys.patients, *rates)
-
-
-def has_gpu(ray: Any, config: Config) -> bool:
-    """Return whether every scoring actor can have a GPU of its own."""
-    return ray.cluster_resources().get("GPU", 0) >= config.score.num_actors

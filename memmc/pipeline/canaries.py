@@ -84,7 +84,7 @@ def canaries(
     """
     lake, now, rules = Lake(config.lake.uri), now or datetime.now(UTC), config.monitor
     progress = progress or Silent()
-    opened = open_model(config, home_directory(), model)
+    opened = open_model(config, home_directory(), model, cohort)
     calibration = newest_calibration(lake, opened)
     uids = recent_normals(lake, cohort, opened, rules.canary_scans)
     named: dict[str, Any] = {

@@ -184,10 +184,14 @@ def _parity(
     config: Config, lake: Lake, case: Case, judged: Judged, rows: Sequence[dict[str, Any]], progress: Progress
 ) -> Gate:
     from memmc.scoring.exported import SCORE_TOLERANCE
+    from memmc.scoring.whole import head_of
 
     formats = config.promote.parity
     if not formats:
         return gates.parity_gate({}, SCORE_TOLERANCE, None)
+    if head_of(judged.scorer) is None:
+        why = f"scorer {judged.scorer.name} has no exportable form, promote.parity asks for {', '.join(formats)}"
+        return Gate("export parity", None, None, "not applicable", why)
     uids = [row["sop_instance_uid"] for row in rows]
     pixels = read_pixels(lake, case.cohort, uids)
     calibration = dict(judged.calibration)

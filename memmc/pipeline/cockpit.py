@@ -142,7 +142,12 @@ def _pairs(config: Config, cohort: str, model: str, uids: list[str]) -> list[tup
     opened = open_model(config, home_directory(), model)
     calibration = newest_calibration(lake, opened)
     columns = ["sop_instance_uid", "anomaly_map", "map_height", "map_width"]
-    where = {"cohort": cohort, "calibration_id": calibration["calibration_id"], "sop_instance_uid": uids}
+    where: dict[str, Any] = {
+        "cohort": cohort,
+        "calibration_id": calibration["calibration_id"],
+        "sop_instance_uid": uids,
+        "not_scored": None,  # what was refused before it was scored keeps both rows
+    }
     kept = {row["sop_instance_uid"]: row for row in lake.read(SCORES, columns, filter=where).to_pylist()}
     pairs: list[tuple[Any, Any]] = []
     for uid, image in zip(uids, read_images(lake, cohort, uids), strict=True):

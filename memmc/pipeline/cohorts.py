@@ -10,12 +10,14 @@ from memmc.errors import DataError
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.tables import Lake
 from memmc.lake.views import UNKNOWN, View, define, find_view, list_views, parse_rule
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.ingest import check_cohort
 from memmc.pipeline.results import CohortResult, CohortsResult
 
 _SHOWN = ("split", "label", "view_position", "body_part", "modality", "manufacturer", "patient_sex")
 
 
+@recorded("cohort-define", lambda done: {"cohort": done.cohort, "bases": done.bases})
 def define_cohort(config: Config, name: str, bases: list[str], conditions: list[str]) -> CohortResult:
     """Name the instances of other cohorts that fit a rule.
 

@@ -31,10 +31,14 @@ from memmc.lake.splits import split_of
 from memmc.lake.storage import Storage
 from memmc.pipeline.labels import StatedLabels
 from memmc.pipeline.vault import write_entries
-from memmc.sources.objects import FetchFailed, Source, SourceObject
+from memmc.sources.objects import STORE_AUTH, STORE_TIMEOUT, STORE_TLS, FetchFailed, Source, SourceObject
 
 # What the driver needs of every row to settle duplicates and to balance the account.
 ACCOUNT = ("object_key", "outcome", "split", "reason", "sop_instance_uid", "content_key", "frame_number")
+
+# So many objects of a task in a row, and the source itself has failed. A refusal costs no time and may be meant for the
+# objects of one study; each silence lasts a minute or more.
+_MOST_IN_A_ROW = {STORE_AUTH: 10, STORE_TIMEOUT: 3, STORE_TLS: 3}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class IngestJob:
 
     Attributes:
         vault: where sealed originals go; None without an identity vault.
+        erased: content keys of erased objects, whose originals are not sealed again.
+        failed_before: object keys of rows that say of an object that it could not be fetched for now; when it fails
+            alike again, that says nothing new of the source.
     """
 
     run: str
@@ -55,6 +62,8 @@ class IngestJob:
     preprocess_id: str
     started: datetime
     vault: Storage | None = None
+    erased: frozenset[str] = field(default_factory=frozenset[str], repr=False)
+    failed_before: frozenset[str] = field(default_factory=frozenset[str], repr=False)
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,8 @@ def convert_objects(
     for row in rows_of(job, objects, sandbox):
         partitions[row["outcome"], row["split"]].append(row)
     if job.vault is not None and job.policy.vault_key is not None:
-        stored = [row for rows in partitions.values() for row in rows if row["sealed"]]
-        write_entries(job.vault, job.policy.vault_key, stored)
+        kept = [row for rows in partitions.values() for row in rows if row["content_key"] not in job.erased]
+        write_entries(job.vault, job.policy.vault_key, kept)
     return [write_partition(job.storage, outcome, split, rows) for (outcome, split), rows in sorted(partitions.items())]
 
 
@@ -103,12 +112,20 @@ def rows_of(
     """Yield the rows of the `instances` table in order: one per object, or one per frame (`select.frames` each).
 
     Raises:
-        StorageError: the store itself refuses or hangs; its objects stay pending for the next run.
+        StorageError: the source itself refuses or hangs, by the number of objects in a row.
     """
     sandbox = sandbox or sandbox_for(job.policy)
+    in_a_row = 0
     for fetched in _fetched(job, objects):
         converted = rejected(fetched.reason) if fetched.data is None else sandbox.convert(fetched.data)
         row = _row(job, fetched, converted)
+        if row["object_key"] not in job.failed_before:
+            in_a_row = in_a_row + 1 if fetched.reason in _MOST_IN_A_ROW else 0
+            if in_a_row and in_a_row >= _MOST_IN_A_ROW[fetched.reason]:
+                raise StorageError(
+                    f"the source does not give its objects, {in_a_row} in a row ({fetched.reason}); check its address "
+                    "and credentials, then run ingest again: nothing was committed"
+                )
         yield from [row] if converted.frames == 1 else _frame_rows(job, row, converted)
 
 
@@ -144,11 +161,6 @@ def _fetch(job: IngestJob, item: SourceObject) -> _Fetched:
     try:
         data = job.source.fetch(item, job.policy.ingest.max_file_bytes)
     except FetchFailed as failure:
-        if failure.reason.startswith("STORE_"):
-            raise StorageError(
-                f"the source does not give its objects ({failure.reason}); check its address and credentials, "
-                "then run ingest again: nothing was committed"
-            ) from None
         # What may pass by itself gets a key of its own: the row does not stand for what a later run may be given, and
         # a later run that fails alike finds it (`memmc.pipeline.settle.publish`).
         passing = failure.retriable and not item.problem

@@ -96,7 +96,7 @@ def drift(
     began, rules, now = time.monotonic(), config.monitor, now or datetime.now(UTC)
     progress = progress or Silent()
     lake = Lake(config.lake.uri)
-    opened = open_model(config, home_directory(), model)
+    opened = open_model(config, home_directory(), model, cohort)
     calibration = newest_calibration(lake, opened)
     version = lake.version(INSTANCES)
     window = drawn(one_each(window_rows(lake, cohort, opened, since, rules, now)), _SCORED, rules.seed).to_pylist()

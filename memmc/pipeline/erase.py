@@ -6,34 +6,37 @@ import json
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.compute as pc
 
 from memmc.config import Config
 from memmc.dicom.deidentify import key_id, keyed_patient, keyed_uid
-from memmc.errors import DataError, IdentityKeyError, ModelError, UsageError
+from memmc.errors import DataError, IdentityKeyError, IntegrityError, ModelError, StorageError, UsageError
 from memmc.lake.erasure import Subject, count_rows, erase_rows, fence, find_subject, is_of_patients, purge
 from memmc.lake.schemas import CALIBRATIONS, INSTANCES, SCHEMAS, SCORES
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease, running, stretched
-from memmc.lake.views import refuse_view
+from memmc.lake.views import list_views, refuse_view
 from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import held_key, home_directory
 from memmc.pipeline.models import open_model, tracking_of
+from memmc.pipeline.pins import Pins, absent
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import Result
 from memmc.pipeline.settle import turn_name
 from memmc.pipeline.vault import forget
-from memmc.registry.models import all_versions
+from memmc.registry.models import ModelVersion, all_versions
 
 Kind = Literal["patient", "study"]
 RECORDS = "_erasures"
 _COLUMN: dict[Kind, Literal["patient_key", "study_uid"]] = {"patient": "patient_key", "study": "study_uid"}
 _PSEUDONYM = {"patient": re.compile(r"[0-9a-f]{64}"), "study": re.compile(r"2\.25\.[0-9]{1,39}")}
+_MODEL = re.compile(r"memmc-(?P<cohort>.+)-v(?P<version>[0-9]+)|local-v[0-9a-f]+")  # as the name of a report ends
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,10 @@ class EraseResult(Result):
         files: deleted, that held such rows and were not, or no longer, part of a table.
         waiting: files that a running writer may yet commit; erase again when it has ended.
         writers: runs that were writing meanwhile.
-        reports: deleted pages of the cohorts concerned; they may show the images.
-        models: registered models that learned from, or were calibrated on, the erased instances.
+        reports: deleted pages that may show the images: of the cohorts concerned, of views over them, of models that
+            learned from these or are listed in `models`; and pages whose names do not tell.
+        models: registered models that learned from, or were calibrated on, the erased instances, and those of which
+            that cannot be told because they cannot be read.
         record: the entry of the audit, which names no patient.
     """
 
@@ -126,7 +131,7 @@ def erase(
     files = waiting = writers = 0
     models = _affected(config, lake, subject)
     cohorts = _cohorts(lake, subject)
-    reports = [name for name in lake.storage.list("reports") if name.startswith(_report_names(cohorts))]
+    reports = _reports(lake, cohorts, {model["model"] for model in models})
     run = f"erase-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     if not dry_run:
         writers = running(lake.storage)
@@ -182,8 +187,35 @@ def _erase_tables(
     return dict(rows), files, sum(waiting.values())
 
 
-def _report_names(cohorts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(f"reports/{cohort}-" for cohort in cohorts)
+def _reports(lake: Lake, cohorts: list[str], models: Collection[str]) -> list[str]:
+    """Return the pages that may show the subject's images, its cohorts and the models that met it being known."""
+    if not cohorts:
+        return []
+    views = [view.name for view in list_views(lake) if not set(cohorts).isdisjoint(view.bases)]
+    pages = [name for name in lake.storage.list("reports") if name.endswith(".html")]
+    return [page for page in pages if _may_show(page, {*cohorts, *views}, models)]
+
+
+def _may_show(page: str, cohorts: Collection[str], models: Collection[str]) -> bool:
+    """Return whether a page may show images of these cohorts, or the training normals of these models.
+
+    A report is named by cohort and model, and a registered model by the cohort it was trained on. Names of cohorts may
+    hold what stands between them: a name that can be read in two ways is read in both. What cannot be read may show
+    anything, and so may a report of a model folder, which does not say where it was trained; pages of monitoring show
+    no images.
+    """
+    name = page.removeprefix("reports/").removesuffix(".html")
+    cuts = [place for place, letter in enumerate(name) if letter == "-"]
+    found = [(name[:cut], model) for cut in cuts if (model := _MODEL.fullmatch(name, cut + 1))]
+    if not found:
+        return not name.startswith("monitor-")
+    return any(
+        cohort in cohorts
+        or model["cohort"] is None
+        or model["cohort"] in cohorts
+        or f"memmc-{model['cohort']}/{model['version']}" in models
+        for cohort, model in found
+    )
 
 
 def _cohorts(lake: Lake, subject: Subject) -> list[str]:
@@ -192,7 +224,10 @@ def _cohorts(lake: Lake, subject: Subject) -> list[str]:
 
 
 def _affected(config: Config, lake: Lake, subject: Subject) -> list[dict[str, str]]:
-    """Return the registered models that learned from the subject's images, or were calibrated on them."""
+    """Return the registered models that learned from the subject's images, or were calibrated on them.
+
+    A version that cannot be read is listed too, and what it learned from is called unknown.
+    """
     found: list[dict[str, str]] = []
     home = home_directory()
     rows = (
@@ -201,27 +236,49 @@ def _affected(config: Config, lake: Lake, subject: Subject) -> list[dict[str, st
         else []
     )
     for version in all_versions(tracking_of(config, home)):
-        try:
-            model = open_model(config, home, version.ref)
-        except ModelError:
+        learned = _trained_on(config, home, version)
+        if learned is None:
             found.append({"model": version.ref, "use": "unknown: it cannot be read"})
-            continue
-        uses = {"training": [(model.cohort, model.dataset_version)]}
+        uses = {"training": [learned] if learned else []}
         uses["calibration"] = [
-            (row["cohort"], row["dataset_version"]) for row in rows if row["model_digest"] == model.digest
+            (row["cohort"], row["dataset_version"]) for row in rows if row["model_digest"] == version.digest
         ]
+        pins = Pins.of_tags(version.tags)
         for use, sets in uses.items():
             split = "train" if use == "training" else "calibrate"
-            if any(_met(lake, subject, name, number, split) for name, number in sets):
-                found.append({"model": model.ref, "use": use})
+            if any(_met(lake, subject, name, number, split, pins) for name, number in sets):
+                found.append({"model": version.ref, "use": use})
     return found
 
 
-def _met(lake: Lake, subject: Subject, cohort: str, version: int, split: str) -> bool:
+def _trained_on(config: Config, home: Path, version: ModelVersion) -> tuple[str, int] | None:
+    """Return cohort and version of `instances` that a model was trained on; None where it cannot be read.
+
+    Its tags say so; only a version without them is fetched and opened.
+    """
+    cohort, number = version.tags.get("cohort"), version.tags.get("dataset_version", "")
+    if cohort and number.isdecimal():
+        return cohort, int(number)
+    try:
+        model = open_model(config, home, version.ref)
+        return model.cohort, model.dataset_version
+    except (ModelError, IntegrityError, StorageError):
+        return None
+    except (KeyError, TypeError, ValueError):  # a description without them
+        return None
+
+
+def _met(lake: Lake, subject: Subject, cohort: str, version: int, split: str, pins: Pins) -> bool:
+    """Say whether images of the subject were normals of a split, by the labels of the model's time."""
     columns = ["cohort", "patient_key", "study_uid", "sop_instance_uid"]
     where = {"cohort": cohort, "outcome": "stored", "split": split, "label": "normal"}
     try:
-        rows = lake.instances_with_labels(columns, version, where)
+        if absent(pins.labels):
+            rows = lake.read(INSTANCES, columns, version, where)
+        else:
+            rows = lake.instances_with_labels(columns, version, where, pins.labels)
+    except IntegrityError:
+        raise
     except DataError:  # a model of another lake, whose versions are not ours
         return False
     return bool(pc.call_function("any", [subject.mask(rows)]).as_py())

@@ -51,7 +51,7 @@ def evaluate(
     progress = progress or Silent()
     lake = Lake(config.lake.uri)
     home = home_directory()
-    opened = open_model(config, home, model)
+    opened = open_model(config, home, model, cohort)
     measured = as_result(assess(config, lake, opened, cohort, masks, progress, boxes), opened, cohort)
     add_evaluation(tracking_of(config, home), opened, measured)
     return measured

@@ -90,7 +90,7 @@ def export_scores(
     if not rows:
         raise DataError(f"cohort '{cohort}' has no scores; run `memmc score --cohort {cohort}`")
     if level == "study":
-        names, rows = STUDY_COLUMNS, _studies(config, lake, model, rows)
+        names, rows = STUDY_COLUMNS, _studies(config, lake, cohort, model, rows)
     else:
         names, rows = COLUMNS, _instances(config, lake, rows)
     schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in names])
@@ -112,9 +112,11 @@ def _instances(config: Config, lake: Lake, rows: list[dict[str, Any]]) -> list[d
     return rows
 
 
-def _studies(config: Config, lake: Lake, model: str | None, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _studies(
+    config: Config, lake: Lake, cohort: str, model: str | None, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Return studies as the newest calibration judges them; only rows that it judged can be compared."""
-    calibration = newest_calibration(lake, open_model(config, home_directory(), model))
+    calibration = newest_calibration(lake, open_model(config, home_directory(), model, cohort))
     mine = [row for row in rows if row["calibration_id"] == calibration["calibration_id"]]
     if not mine:
         raise DataError("no scores of the newest calibration; run `memmc score` again, then ask for studies")

@@ -57,7 +57,7 @@ def golden(config: Config, cohort: str, model: str | None = None, *, now: dateti
         DataError: the model is not calibrated.
     """
     lake, now = Lake(config.lake.uri), now or datetime.now(UTC)
-    opened = open_model(config, home_directory(), model)
+    opened = open_model(config, home_directory(), model, cohort)
     calibration = newest_calibration(lake, opened)
     kept = score_rows(lake, opened.cohort, opened, calibration["calibration_id"])
     uids = golden_set(lake, opened, set(kept), config.monitor.golden_scans)

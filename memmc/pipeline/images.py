@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,24 @@ def read_images(lake: Lake, cohort: str, sop_instance_uids: Iterable[str], versi
         DataError: an instance has no stored pixels in this cohort and version.
         IntegrityError: a shard's bytes are not those that were written.
     """
-    pixels_NHWC = read_pixels(lake, cohort, sop_instance_uids, version)
-    return pixels_NHWC.astype(np.float32) / np.float32(np.iinfo(pixels_NHWC.dtype).max)
+    return _scaled(read_pixels(lake, cohort, sop_instance_uids, version))
+
+
+def image_batches(
+    lake: Lake, cohort: str, sop_instance_uids: Iterable[str], at_once: int
+) -> Iterator[tuple[list[str], Images]]:
+    """Yield UIDs and their images_NHWC in [0, 1], at most so many at once, in the order in which the lake holds them.
+
+    Raises:
+        DataError: as `read_images`, at the end.
+        IntegrityError: as `read_images`.
+    """
+    wanted, seen = set(sop_instance_uids), set[str]()
+    for names, pixels_NHWC in _pieces(lake, cohort, wanted, None):
+        seen.update(names)
+        for start in range(0, len(names), at_once):
+            yield names[start : start + at_once], _scaled(pixels_NHWC[start : start + at_once])
+    _require_all(cohort, wanted, seen)
 
 
 def read_pixels(
@@ -38,22 +54,39 @@ def read_pixels(
 ) -> npt.NDArray[Any]:
     """Return pixels_NHWC as stored, uint8 or uint16; order and errors as `read_images`."""
     order = list(sop_instance_uids)
-    wanted = set(order)
-    found: dict[str, npt.NDArray[Any]] = {}
+    wanted, found = set(order), dict[str, npt.NDArray[Any]]()
+    for names, pixels_NHWC in _pieces(lake, cohort, wanted, version):
+        found.update(zip(names, pixels_NHWC, strict=True))
+    _require_all(cohort, wanted, found.keys())
+    return np.stack([found[uid] for uid in order])
+
+
+def _scaled(pixels_NHWC: npt.NDArray[Any]) -> Images:
+    return pixels_NHWC.astype(np.float32) / np.float32(np.iinfo(pixels_NHWC.dtype).max)
+
+
+def _pieces(
+    lake: Lake, cohort: str, wanted: set[str], version: int | None
+) -> Iterator[tuple[list[str], npt.NDArray[Any]]]:
+    """Yield UIDs and pixels_NHWC of the wanted instances that are there, a row group at a time."""
     columns = ["sop_instance_uid", *PIXEL_COLUMNS]
     where = lake.where("instances", {"cohort": cohort})
+    chosen = pc.field("sop_instance_uid").isin(sorted(wanted))
     for file in lake.files("instances", version, {"outcome": "stored", "cohort": cohort}):
         # A look at the names spares the pixels of shards that hold none of these.
         names = read_file(lake.storage, "instances", file, ["sop_instance_uid"])
         if wanted.isdisjoint(names["sop_instance_uid"].to_pylist()):
             continue
-        for rows in read_rows(lake.storage, "instances", file, columns, where):
-            chosen = rows.filter(pc.field("sop_instance_uid").isin(sorted(wanted)))
-            if chosen.num_rows:
-                found.update(zip(chosen["sop_instance_uid"].to_pylist(), pixels_to_array(chosen), strict=True))
-    if wanted - found.keys():
-        raise DataError(f"{len(wanted - found.keys())} of {len(wanted)} instances have no pixels in cohort '{cohort}'")
-    return np.stack([found[uid] for uid in order])
+        for group in read_rows(lake.storage, "instances", file, columns, where):
+            rows = group.filter(chosen)
+            if rows.num_rows:
+                yield rows["sop_instance_uid"].to_pylist(), pixels_to_array(rows)
+
+
+def _require_all(cohort: str, wanted: set[str], found: Collection[str]) -> None:
+    missing = len(wanted.difference(found))
+    if missing:
+        raise DataError(f"{missing} of {len(wanted)} instances have no pixels in cohort '{cohort}'")
 
 
 def read_masks(file: Path, key: bytes | None, data: DataConfig) -> dict[str, npt.NDArray[np.bool_]]:

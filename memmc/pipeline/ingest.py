@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,6 +16,7 @@ from memmc.config import Config
 from memmc.dicom.convert import ConvertPolicy
 from memmc.dicom.deidentify import key_id, object_key
 from memmc.errors import StorageError, UsageError
+from memmc.lake.erasure import erased_contents
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease
 from memmc.lake.views import refuse_view
@@ -27,9 +28,9 @@ from memmc.pipeline.identity import home_directory, identity_key
 from memmc.pipeline.labels import read_labels
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import IngestResult, PlanResult
-from memmc.pipeline.settle import publish, seen_objects, stands_for_object
+from memmc.pipeline.settle import failed_objects, publish, seen_objects, stands_for_object
 from memmc.pipeline.vault import vault_of
-from memmc.sources.objects import FILE_CHECKSUM, FILE_UNREADABLE, SourceObject
+from memmc.sources.objects import FILE_CHECKSUM, FILE_UNREADABLE, STORE_FAILURES, Cursor, SourceObject
 from memmc.sources.open import FileSource, open_source
 
 logger = logging.getLogger(__name__)
@@ -92,11 +93,10 @@ def ingest(
     if new:
         progress.stage("ingest", len(new))
         metadata = {"cohort": cohort, "preprocess_id": job.preprocess_id, "config_id": config.config_id}
-        metadata |= planned.cursor
         with lease(lake, job.run):
             shards = convert_all(config, job, new, home, progress)
-            if not isinstance(job.source, FileSource):
-                check_source(shards, len(new))
+            check_source(job, shards, len(new))
+            metadata |= reached(planned, shards)
             version, shards, dropped = publish(lake, job, shards, len(new), metadata)
         rows = [row for shard in shards for row in shard.account if stands_for_object(job, row)]
         outcomes.update([row["outcome"] for row in rows] + ["duplicate"] * dropped)
@@ -156,14 +156,14 @@ class Plan:
         known: number of listed objects that are accounted for.
         new: the others, in listing order.
         pending: number of new objects whose study is not complete; a later run takes them.
-        cursor: for the metadata of the commit.
+        cursor: where the next listing may begin; None where the source has no cursor.
     """
 
     job: IngestJob
     known: int
     new: list[SourceObject]
     pending: int = 0
-    cursor: dict[str, Any] = field(default_factory=dict)
+    cursor: Cursor | None = None
 
 
 def plan(
@@ -184,7 +184,8 @@ def plan(
     def is_new(item: SourceObject) -> bool:
         return object_key(key, place.uri, item.path, item.size, item.modified) not in seen
 
-    listing = place.listing(last_cursor(lake, key, place.uri, cohort), is_new)
+    cursor = last_cursor(lake, key, place.uri, cohort) if place.has_cursor else None
+    listing = place.listing(cursor, is_new, progress.advance)
     if listing.whole:
         labels.check_against(item.path for item in listing.objects)
     new = [item for item in listing.objects if is_new(item)]
@@ -200,23 +201,46 @@ def plan(
         preprocess_id=config.preprocess_id,
         started=started,
         vault=vault,
+        erased=erased_contents(lake, cohort) if vault is not None else frozenset(),
+        failed_before=failed_objects(lake, cohort),
     )
     waiting = f", {listing.pending} of incomplete studies left for later" if listing.pending else ""
     progress.message(f"{len(listing.objects)} objects listed, {len(new)} new{waiting}")
-    cursor = cursor_entry(key, place.uri, cohort, listing.cursor)
-    return Plan(job, len(listing.objects) - len(new), new, listing.pending, cursor)
+    return Plan(job, len(listing.objects) - len(new), new, listing.pending, listing.cursor)
 
 
-def check_source(shards: list[WrittenShard], listed: int) -> None:
-    """Refuse to account for objects of a server that failed as a whole, such as an archive whose disk is not mounted.
+def reached(planned: Plan, shards: list[WrittenShard]) -> dict[str, Any]:
+    """Return what the commit says of where the next listing may begin, and of what it has to list again."""
+    if planned.cursor is None:
+        return {}
+    job = planned.job
+    accounted = {row["object_key"] for shard in shards for row in shard.account}
+    failed = [
+        item.path
+        for item in planned.new
+        if object_key(job.policy.key, job.source.uri, item.path, item.size, item.modified) not in accounted
+    ]
+    return cursor_entry(job.policy.key, job.source.uri, job.cohort, planned.cursor, failed)
+
+
+def check_source(job: IngestJob, shards: list[WrittenShard], listed: int) -> None:
+    """Refuse to account for objects of a source that failed as a whole, such as an archive whose disk is not mounted.
+
+    What failed alike before is left out on both sides: objects that stay lost do not stop what comes after them.
 
     Raises:
         StorageError: with the counts; nothing was committed.
     """
-    reasons = [row["reason"] for shard in shards for row in shard.account]
-    failed = sum(reason in {FILE_UNREADABLE, FILE_CHECKSUM} for reason in reasons)
-    if failed >= _LEAST_FAILURES and failed > _MOST_FAILING * listed:
+    # A file that is closed to us, or an S3 object that is archived, says nothing of the place that holds it.
+    of_objects = frozenset[str]() if isinstance(job.source, FileSource) else {FILE_UNREADABLE, FILE_CHECKSUM}
+    telling = STORE_FAILURES | of_objects
+    rows = [row for shard in shards for row in shard.account]
+    fresh = [row for row in rows if row["object_key"] not in job.failed_before]
+    reasons = [row["reason"] for row in fresh if row["reason"] in telling]
+    failed, tried = len(reasons), listed - (len(rows) - len(fresh))
+    if failed >= _LEAST_FAILURES and failed > _MOST_FAILING * tried:
         raise StorageError(
-            f"{failed} of {listed} objects cannot be read from the source, more than single objects would explain: "
-            "check its disks and its log, then run ingest again; nothing was committed"
+            f"{failed} of {tried} objects cannot be read from the source ({', '.join(sorted(set(reasons)))}), more "
+            "than single objects would explain: check its disks, its log and your access to it, then run ingest again; "
+            "nothing was committed"
         )

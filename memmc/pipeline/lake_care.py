@@ -12,6 +12,7 @@ from memmc.lake.schemas import SCHEMAS, schema_of
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import vacuum
 from memmc.lake.verify import Damage, verify
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import Result
 
@@ -86,6 +87,7 @@ def history_of(config: Config, table: str | None, limit: int) -> HistoryResult:
     return HistoryResult(commits[:limit])
 
 
+@recorded("lake-vacuum", lambda done: {"shards": len(done.shards), "uploads": done.uploads, "hours": done.hours})
 def vacuum_lake(config: Config, *, dry_run: bool) -> VacuumResult:
     """Delete what no version within `lake.vacuum_hours` refers to and that no running writer may still commit."""
     lake = Lake(config.lake.uri)

@@ -50,7 +50,7 @@ def maps(
     """
     progress = progress or Silent()
     lake = Lake(config.lake.uri)
-    opened = open_model(config, home_directory(), model)
+    opened = open_model(config, home_directory(), model, cohort)
     calibration = newest_calibration(lake, opened)
     scored = score_rows(lake, cohort, opened, calibration["calibration_id"], ("regions",))
     chosen = sorted(scored) if uids is None else list(dict.fromkeys(uids))
@@ -66,7 +66,12 @@ def maps(
         for start in range(0, len(chosen), _AT_ONCE):
             some = chosen[start : start + _AT_ONCE]
             images = read_images(lake, cohort, some)
-            where = {"cohort": cohort, "calibration_id": calibration["calibration_id"], "sop_instance_uid": some}
+            where: dict[str, Any] = {
+                "cohort": cohort,
+                "calibration_id": calibration["calibration_id"],
+                "sop_instance_uid": some,
+                "not_scored": None,  # what was refused before it was scored keeps both rows
+            }
             columns = ["sop_instance_uid", "anomaly_map", "map_height", "map_width"]
             kept = {row["sop_instance_uid"]: row for row in lake.read("scores", columns, filter=where).to_pylist()}
             for uid, image in zip(some, images, strict=True):

@@ -36,7 +36,9 @@ class Sample:
 def memory_health(
     config: Config, lake: Lake, model: OpenModel, cohort: str, rows: Sequence[dict[str, Any]]
 ) -> MemoryHealth | None:
-    """Return how the encoder uses its memory on held-out normals; None for a model without one.
+    """Return how the encoder uses its memory on held-out normals and the decoder its levels; None with neither.
+
+    The memory of `model.bottleneck_slots` is named, not measured.
 
     Args:
         config: `evaluate.*`, and the scorer's settings.
@@ -58,16 +60,18 @@ def memory_health(
     images = torch.from_numpy(held.images_NHWC[:_MEMORY_IMAGES]).permute(0, 3, 1, 2)
     ids = mask_ids(loaded.digest, held.uids[: len(images)], loaded.model.num_patches, loaded.model.num_keep, 1)[:, 0]
     standardised = (images - loaded.info.pixel_mean) / loaded.info.pixel_std
-    layers = memory_usage(loaded.model, standardised, ids)
-    if not layers:
-        return None
+    layers, has_levels = memory_usage(loaded.model, standardised, ids), _has_levels(loaded)
+    bottleneck_slots = loaded.config.bottleneck_slots
+    if not layers and not has_levels:
+        return MemoryHealth((), bottleneck_slots=bottleneck_slots) if bottleneck_slots else None
     lost = ablations(loaded.model, Fixed.of(standardised, loaded.model))
     return MemoryHealth(
         ablation=_ablation(config, lake, model, loaded, cohort, held, rows),
         gates=tuple(gate_means(loaded.model, standardised, ids)),
         error=lost["ablation/error"],
-        error_without_memory=lost["ablation/error_without_memory"],
-        error_last_level_only=lost["ablation/error_last_level_only"],
+        error_without_memory=lost["ablation/error_without_memory"] if layers else None,
+        error_last_level_only=lost["ablation/error_last_level_only"] if has_levels else None,
+        bottleneck_slots=bottleneck_slots,
         layers=tuple(
             MemoryLayer(
                 number, layer.mass, layer.slots_used, layer.num_slots, layer.entropy, uniform_mass=layer.uniform_mass
@@ -75,6 +79,10 @@ def memory_health(
             for number, layer in enumerate(layers, start=1)
         ),
     )
+
+
+def _has_levels(loaded: LoadedModel) -> bool:
+    return len(loaded.model.decoder.level_indices) > 1
 
 
 def _ablation(
@@ -153,13 +161,12 @@ def ablate(
         rest = auroc(abnormal_N, rest_N)
         return ShutOff(rest, whole - rest, percentile_interval(whole_R - rest_R, confidence))
 
-    has_levels = len(loaded.model.decoder.level_indices) > 1
     return Ablation(
         num_normal=int((~abnormal_N).sum()),
         num_abnormal=int(abnormal_N.sum()),
         auroc=whole,
         without_memory=shut_off(memory_ablated(loaded.model)) if loaded.config.memory_slots else None,
-        last_level_only=shut_off(levels_ablated(loaded.model)) if has_levels else None,
+        last_level_only=shut_off(levels_ablated(loaded.model)) if _has_levels(loaded) else None,
     )
 
 

@@ -72,17 +72,18 @@ def tracking_of(config: Config, home: Path) -> Tracking:
     return open_tracking(config.tracking, home)
 
 
-def open_model(config: Config, home: Path, reference: str | None) -> OpenModel:
+def open_model(config: Config, home: Path, reference: str | None, cohort: str | None = None) -> OpenModel:
     """Resolve, fetch and check a model.
 
     Args:
         reference: name, name/version, name@alias, models:/ URI, a model folder, or None for the champion.
+        cohort: whose champion None means; see `resolve`.
 
     Raises:
-        ModelError: there is none, or its description is unreadable.
+        ModelError: there is none, None may mean several, or its description is unreadable.
     """
     tracking = tracking_of(config, home)
-    version = resolve(tracking, reference)
+    version = resolve(tracking, reference, cohort)
     folder = download(tracking, version)
     try:
         info = json.loads((folder / "model.json").read_text())

@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from memmc.config import Config
-from memmc.errors import DataError
+from memmc.errors import DataError, IntegrityError, PreprocessMismatch
 from memmc.lake.tables import Lake
 from memmc.monitoring.picture import Point, trend
-from memmc.monitoring.watch import Alarm
+from memmc.monitoring.watch import Alarm, AlarmName
 from memmc.pipeline.canaries import CanaryResult, canaries
 from memmc.pipeline.drift import DriftResult, drift
 from memmc.pipeline.findings import Row, record, recorded
@@ -68,8 +68,8 @@ def monitor(
 ) -> MonitorResult:
     """Look at a cohort and its champion; keep what was found in the table `monitoring` and draw its trend.
 
-    A check that lacks what it needs (no calibration yet, say) is named in `skipped`; one that finds something wrong
-    raises an alarm and nothing else.
+    A check that lacks what it needs (no calibration yet, say) is named in `skipped`; one that finds something wrong, or
+    meets damaged data or pixels prepared otherwise than the model's, raises an alarm and nothing else.
 
     Args:
         model: looked at in place of the champion.
@@ -77,6 +77,7 @@ def monitor(
         now: end of the window, and the time by which silence is measured.
 
     Raises:
+        IntegrityError: what the dead-man switch itself reads is damaged.
         StorageError: the lake or the registry cannot be reached.
         UsageError: `since` is neither a date nor a version.
     """
@@ -85,15 +86,18 @@ def monitor(
     lake = Lake(config.lake.uri)
     progress.stage("watch")
     watched = watch(config, cohort, model, since, now)
-    alarms, skipped = list(watched.alarms), list[str]()
+    alarms, skipped, stopped = list(watched.alarms), list[str](), dict[AlarmName, list[str]]()
     reference = watched.model
     steady = moved = sung = None
     if watched.sound:
-        steady = _try("golden set", skipped, lambda: golden(config, cohort, reference, now=now))
-        sung = _try("canaries", skipped, lambda: canaries(config, cohort, reference, now=now, progress=progress))
-        moved = _try(
-            "drift", skipped, lambda: drift(config, cohort, reference, since=since, now=now, progress=progress)
+        steady = _try("golden set", skipped, stopped, lambda: golden(config, cohort, reference, now=now))
+        sung = _try(
+            "canaries", skipped, stopped, lambda: canaries(config, cohort, reference, now=now, progress=progress)
         )
+        moved = _try(
+            "drift", skipped, stopped, lambda: drift(config, cohort, reference, since=since, now=now, progress=progress)
+        )
+        alarms += [Alarm.of(name, "; ".join(texts)) for name, texts in stopped.items()]
         alarms += _alarms(steady, sung, moved)
     else:
         skipped.append("golden set, canaries, drift: there is no model that could be trusted")
@@ -117,13 +121,17 @@ def monitor(
     )
 
 
-def _try(name: str, skipped: list[str], check: Callable[[], _T]) -> _T | None:
-    """Run a check; name it where it lacks what it needs."""
+def _try(name: str, skipped: list[str], stopped: dict[AlarmName, list[str]], check: Callable[[], _T]) -> _T | None:
+    """Run a check; keep why it could not run in `skipped`, or by alarm in `stopped` where its data are at fault."""
     try:
         return check()
+    except IntegrityError as error:
+        stopped.setdefault("damaged_data", []).append(f"{name}: {error}")
+    except PreprocessMismatch as error:
+        stopped.setdefault("preprocess_mismatch", []).append(f"{name}: {error}")
     except DataError as error:
         skipped.append(f"{name}: {error}")
-        return None
+    return None
 
 
 def _alarms(steady: GoldenResult | None, sung: CanaryResult | None, moved: DriftResult | None) -> list[Alarm]:

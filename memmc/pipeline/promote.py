@@ -213,7 +213,7 @@ def rollback(config: Config, name: str | None = None, *, cohort: str | None = No
         cohort: kept in the decision; the model's own when absent.
 
     Raises:
-        ModelError: no champion, or none before it.
+        ModelError: no champion, none before it, or several models have one and neither name nor cohort is given.
         LostTurnError: a promotion came in between; nothing was moved.
     """
     lake, tracking = Lake(config.lake.uri), tracking_of(config, home_directory())

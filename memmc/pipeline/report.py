@@ -36,6 +36,7 @@ from memmc.pipeline.select import newest_calibration, score_rows
 from memmc.pipeline.why import Explainer
 
 _EXPLAINED, _PARTS = 3, 2
+_PLACES = {"lake", "source", "deid", "tracking"}  # sections that a page does not show
 _GALLERIES = ("most_abnormal", "calmest_normals", "typical_normals", "missed_abnormals", "flagged_normals")
 
 
@@ -74,7 +75,7 @@ def report_and_evaluation(
     """Write the report, and return the evaluation it stands on; None where nothing is labelled."""
     progress = progress or Silent()
     lake = Lake(config.lake.uri)
-    opened = open_model(config, home_directory(), model)
+    opened = open_model(config, home_directory(), model, cohort)
     try:
         assessment = assess(config, lake, opened, cohort, masks, progress, boxes)
     except (IntegrityError, PreprocessMismatch):
@@ -213,7 +214,7 @@ def _provenance(config: Config, lake: Lake, model: OpenModel) -> Provenance:
         seeds={"train": int(info["seed"]), "evaluate": config.evaluate.seed},
         durations_s={"train": float(info.get("train_seconds", 0.0))},
         versions=dict(info.get("versions", {})),
-        config_text=json.dumps(config.model_dump(mode="json", exclude={"lake", "deid", "tracking"}), indent=2),
+        config_text=json.dumps(config.model_dump(mode="json", exclude=_PLACES), indent=2),
     )
 
 

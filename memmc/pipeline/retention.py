@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from memmc.config import Config
 from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
+from memmc.pipeline.audit import recorded
 from memmc.pipeline.results import Result
 
 _TRAINING, _RECORDS = "training", "training/records"
@@ -31,6 +32,7 @@ class ExpireResult(Result):
     days: int
 
 
+@recorded("lake-expire", lambda done: {"runs": len(done.runs), "files": done.files, "days": done.days})
 def expire_checkpoints(config: Config, *, dry_run: bool) -> ExpireResult:
     """Delete checkpoints and records of runs whose last sign of life is older than `lake.keep_checkpoints_days`.
 

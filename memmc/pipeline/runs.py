@@ -29,6 +29,7 @@ _BEAT_S = 20.0
 _DEAD_AFTER_S = 90.0
 # What a run may be resumed with in another way: how it is carried out, not what is learned.
 _FREE = {"num_workers", "min_workers", "use_gpu", "checkpoint_seconds", "max_failures", "hung_seconds", "resume"}
+_AT_WORK: set[str] = set()  # folders of the runs that this process drives
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def task_of(config: Config, keys: Iterable[str], start: str = "") -> str:
     """
     tree = config.model_dump(mode="json", include={"data", "model", "train"})
     tree["train"] = {name: value for name, value in tree["train"].items() if name not in {*_FREE, "warm_start"}}
+    tree["model"]["recompute"] = False  # free too; its default stays in, as in the records of earlier versions
     digest = hashlib.sha256(json.dumps([tree, start], sort_keys=True).encode())
     for key in sorted(keys):
         digest.update(key.encode() + b"\n")
@@ -115,8 +117,13 @@ def to_resume(storage: Storage, cohort: str, task: str, wanted: str | None) -> R
 
 
 def driver_lives(storage: Storage, record: RunRecord) -> bool:
-    """Say whether a run's driver is at work: by its process on this host, by its beats from elsewhere."""
+    """Say whether a run's driver is at work: by its process on this host, by its beats from elsewhere.
+
+    A process lives on after a driver of its own has failed; what it drives is known here.
+    """
     if record.host == socket.gethostname():
+        if record.pid == os.getpid():
+            return record.folder in _AT_WORK
         try:
             return abs(psutil.Process(record.pid).create_time() - record.began_at) < 1.0
         except psutil.NoSuchProcess:
@@ -137,23 +144,27 @@ def driving(storage: Storage, record: RunRecord, *, taking_over: bool) -> Genera
     me = psutil.Process(os.getpid())
     number = record.driver + 1 if taking_over else 1
     mine = replace(record, driver=number, host=socket.gethostname(), pid=me.pid, began_at=me.create_time())
-    if not storage.create(f"{mine.folder}/driver-{number:04d}.json", _document(asdict(mine))):
-        raise GateRefused(f"run {record.run} has just been taken over by another process; see that one")
     over = threading.Event()
 
     def beat() -> None:
-        while True:
-            with suppress(StorageError):  # a beat that is lost is no reason to end a run
-                storage.write(f"{mine.folder}/beat-{number:04d}.json", _document({"at": time.time()}))
-            if over.wait(_BEAT_S):
-                return
+        storage.write(f"{mine.folder}/beat-{number:04d}.json", _document({"at": time.time()}))
 
-    thread = threading.Thread(target=beat, daemon=True, name="driver-beat")
+    def keep_beating() -> None:
+        while not over.wait(_BEAT_S):
+            with suppress(StorageError):  # a beat that is lost is no reason to end a run
+                beat()
+
+    beat()  # before the driver is seen: one without a beat counts as dead
+    if not storage.create(f"{mine.folder}/driver-{number:04d}.json", _document(asdict(mine))):
+        raise GateRefused(f"run {record.run} has just been taken over by another process; see that one")
+    thread = threading.Thread(target=keep_beating, daemon=True, name="driver-beat")
     thread.start()
+    _AT_WORK.add(mine.folder)
     try:
         yield mine
         storage.write(f"{mine.folder}/ended.json", _document({"driver": number}))
     finally:
+        _AT_WORK.discard(mine.folder)
         over.set()
         thread.join()
 

@@ -19,10 +19,10 @@ from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease
 from memmc.lake.views import find_view, members
 from memmc.pipeline.audit import recorded
-from memmc.pipeline.calibrate import has_gpu
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, fit_of, open_model
+from memmc.pipeline.placement import place_scoring
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.quality import gate
 from memmc.pipeline.results import PlanResult, ScoreResult
@@ -44,7 +44,7 @@ def preview(
 ) -> PlanResult:
     """Say what `score` would score."""
     lake = Lake(config.lake.uri)
-    opened = open_model(config, home_directory(), model)
+    opened = open_model(config, home_directory(), model, cohort)
     calibration = newest_calibration(lake, opened)
     counts = Counter[str]()
     for base, only in _shares(lake, cohort):
@@ -100,7 +100,7 @@ def score(
     progress = progress or Silent()
     home = home_directory()
     lake = Lake(config.lake.uri)
-    opened = open_model(config, home, model)
+    opened = open_model(config, home, model, cohort)
     calibration = newest_calibration(lake, opened)
     shift = Shift(Window.of(config.operate))
     if not shift.over():
@@ -280,10 +280,11 @@ class _Run:
     def _job(self, ray: Any) -> ScoringJob:
         settings = {"scorer": self.calibration["scorer"]}
         settings |= {"passes": self.calibration["passes"]} if self.calibration["passes"] else {}
+        score, use_gpu = place_scoring(ray, self.config.score.model_copy(update=settings))
         return ScoringJob(
             model_files=model_files(self.model.folder),
-            score=self.config.score.model_copy(update=settings),
-            use_gpu=has_gpu(ray, self.config),
+            score=score,
+            use_gpu=use_gpu,
             scorer_state=self.calibration["scorer_state"],
             judge=judge_of(self.calibration),
             fixed=self._fixed(),

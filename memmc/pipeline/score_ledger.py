@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memmc.errors import StorageError
+from memmc.lake.commit import LostTurnError
 from memmc.lake.erasure import TURN as ERASURE
 from memmc.lake.files import DataFile, read_file, select_rows
 from memmc.lake.schemas import INSTANCES, SCORES
 from memmc.lake.shards import ShardFile, read_shard, write_shard
-from memmc.lake.tables import Lake, LostTurnError
+from memmc.lake.tables import Lake
 from memmc.pipeline.settle import turn_name
 
 ROUNDS = 12  # of dropping anew because another run committed first

@@ -189,7 +189,7 @@ def score_rows(
 
 def scored_instances(config: Config, lake: Lake, cohort: str, reference: str | None) -> list[dict[str, Any]]:
     """Return a cohort's score rows, those without a score included, joined to label, split and sealed source path."""
-    model = open_model(config, home_directory(), reference)
+    model = open_model(config, home_directory(), reference, cohort)
     scores = score_rows(lake, cohort, model, None, without_score=True)
     columns = ["sop_instance_uid", "label", "split", "source_ref", "outcome"]
     where: dict[str, Any] = {"cohort": cohort, "outcome": ("stored", "excluded", "quarantined")}

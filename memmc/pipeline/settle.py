@@ -6,11 +6,13 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from memmc.errors import AccountingError, StorageError
+from memmc.lake.commit import LostTurnError
 from memmc.lake.erasure import ERASED, erased_contents, tombstone
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.shards import read_shard
-from memmc.lake.tables import Lake, LostTurnError
+from memmc.lake.tables import Lake
 from memmc.pipeline.convert_chunk import IngestJob, WrittenShard, write_partition
+from memmc.sources.objects import RETRIABLE
 
 ROUNDS = 8  # of settling anew because another ingest of the cohort committed first
 
@@ -159,6 +161,14 @@ def seen_objects(lake: Lake, cohort: str) -> frozenset[str]:
     if not lake.exists(INSTANCES):
         return frozenset()
     return frozenset(lake.read(INSTANCES, ["object_key"], filter={"cohort": cohort})["object_key"].to_pylist())
+
+
+def failed_objects(lake: Lake, cohort: str) -> frozenset[str]:
+    """Return the object keys of the cohort's rows of failures that may pass."""
+    if not lake.exists(INSTANCES):
+        return frozenset()
+    where = {"cohort": cohort, "outcome": "quarantined", "reason": sorted(RETRIABLE)}
+    return frozenset(lake.read(INSTANCES, ["object_key"], filter=where)["object_key"].to_pylist())
 
 
 def stored_contents(lake: Lake, cohort: str) -> dict[str, str]:

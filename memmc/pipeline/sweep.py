@@ -16,14 +16,16 @@ from memmc.config import Config, load_config
 from memmc.cores import cores
 from memmc.errors import ConfigError, TrainingError, UsageError
 from memmc.lake.tables import Lake
+from memmc.model.digest import WEIGHTS_FILE
 from memmc.pipeline.cluster import ray_cluster, require_cpus, tasks_at_once
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.ingest import check_cohort
-from memmc.pipeline.models import tracking_of
+from memmc.pipeline.models import open_model, tracking_of
+from memmc.pipeline.placement import on_gpus
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import PlanResult, Result
 from memmc.pipeline.select import normal_table
-from memmc.pipeline.train import keep_back, training_job
+from memmc.pipeline.train import keep_back, kept_in_memory, training_job
 from memmc.registry.tracking import Tracking
 from memmc.training.feed import CachedFeed
 from memmc.training.source import ShardSource
@@ -32,6 +34,9 @@ from memmc.training.trial import NUMBER, run_trial
 Criterion = Literal["probe_auroc", "val_error"]
 
 _SECTIONS = ("model", "train")
+# Settings of train.* that are read once for all trials, and those that a trial does not read.
+_SHARED = {"validate_share", "warm_start", "use_gpu", "cache_bytes"}
+_UNREAD = {"num_workers", "min_workers", "strategy", "checkpoint_seconds", "max_failures", "hung_seconds", "resume"}
 _HELD_OUT_SHARE = 0.1
 _FIGURES = ("probe_auroc", "val_error", "loss", "steps")
 
@@ -74,7 +79,8 @@ def combinations(params: Sequence[str], samples: int | None, seed: int) -> list[
         params: `section.key=value,value,...`.
 
     Raises:
-        UsageError: no values, a name given twice, or a setting that is not of the model or the recipe.
+        UsageError: no values, a name given twice, or a setting that is not of the model or the recipe, or that trials
+            cannot differ in.
         ConfigError: an unknown key or a value out of range.
     """
     values: dict[str, list[str]] = {}
@@ -83,8 +89,13 @@ def combinations(params: Sequence[str], samples: int | None, seed: int) -> list[
         name, found = name.strip(), [value.strip() for value in listed.split(",") if value.strip()]
         if not found or name in values:
             raise UsageError(f"--param {name}: expected section.key=value,value,... once for each key")
-        if name.partition(".")[0] not in _SECTIONS or name == "train.preset":
+        section, _, key = name.partition(".")
+        if section not in _SECTIONS or name == "train.preset":
             raise UsageError(f"--param {name}: a sweep varies model.* and train.* but not the preset or the data")
+        if section == "train" and key in _SHARED:
+            raise UsageError(f"--param {name}: all trials share it; give one value with --set, a sweep for each")
+        if section == "train" and key in _UNREAD:
+            raise UsageError(f"--param {name}: a trial has one worker and no checkpoints, so it would change nothing")
         for value in found:
             load_config(overrides=[f"{name}={value}"])
         values[name] = found
@@ -144,8 +155,9 @@ def sweep(
 ) -> SweepResult:
     """Train every combination of settings for the same time and rank them by a figure of held-out normals.
 
-    No label and no test image is used. Each trial has one worker; as many run at once as there are cores. Nothing is
-    registered: train the winner with `memmc train --set ...`.
+    No label and no test image is used. Each trial has one worker; as many run at once as there are cores, or GPUs.
+    Each starts from `train.warm_start`, if that is set. Nothing is registered: train the winner with
+    `memmc train --set ...`.
 
     Args:
         params: `section.key=value,value,...`.
@@ -156,6 +168,7 @@ def sweep(
     Raises:
         UsageError: the parameters cannot be varied.
         DataError: no normal images, or too few to keep back.
+        ModelError: the model to start from is missing, or of another shape than a trial's.
         TrainingError: no trial ended well.
     """
     progress = progress or Silent()
@@ -165,10 +178,13 @@ def sweep(
     configs = [trial_config(config, settings, minutes) for settings in chosen]
     version = lake.version("instances")
     rows, held_out = keep_back(normal_table(lake, cohort, "train", version), configs[0].train.validate_share)
-    jobs = [training_job(one, cohort, version, rows) for one in configs]
+    start = open_model(config, home, config.train.warm_start) if config.train.warm_start else None
+    jobs = [training_job(one, cohort, version, rows, start) for one in configs]
     tracking = tracking_of(config, home)
     name = f"sweep-{cohort}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     tags = {"cohort": cohort, "dataset_version": str(version)}
+    if start is not None:
+        tags |= {"warm_start": start.ref, "warm_start_digest": start.digest}
     parent = tracking.start_run(f"memmc/{cohort}", name, tags=tags, params={"by": by, "minutes": minutes})
     children = [
         tracking.start_run(
@@ -177,21 +193,31 @@ def sweep(
         for number, settings in enumerate(chosen)
     ]
     progress.message(f"{len(chosen)} trials of {minutes:g} min, {rows.num_rows} images, {held_out.num_rows} held out")
-    progress.stage("sweep", 1.0)
+    progress.stage("start workers")
     status = "FAILED"
     try:
         with ray_cluster(config, home) as ray:
-            require_cpus(ray, 1, use_gpu=False)
+            use_gpu = on_gpus(ray, config.train)
+            require_cpus(ray, 1, use_gpu)
+            at_once = _at_once(config, ray, len(jobs), use_gpu=use_gpu)
+            progress.message(f"{at_once} at once on {'GPUs' if use_gpu else 'CPUs'}")
             files = lake.files("instances", version, {"outcome": "stored", "split": "train", "cohort": cohort})
             sources = [
-                ShardSource.open(ray, lake.storage, "instances", files, part["object_key"].to_pylist(), cached=True)
-                for part in (rows, held_out)
+                ShardSource.open(ray, lake.storage, "instances", files, part["object_key"].to_pylist(), cached=cached)
+                for part, cached in ((rows, kept_in_memory(jobs[0], rows.num_rows)), (held_out, True))
             ]
-            look_at = CachedFeed(sources[1].tables(), held_out.num_rows, 1, 0, 0).images_NHWC
-            at_once = max(1, min(len(jobs), (tasks_at_once(config) or int(ray.cluster_resources()["CPU"]))))
+            given = {
+                "jobs": jobs,
+                "source": sources[0],
+                "look_at": CachedFeed(sources[1].tables(), held_out.num_rows, 1, 0, 0).images_NHWC,
+                "threads": max(1, cores() // at_once),
+                "use_gpu": use_gpu,
+                "weights": None if start is None else (start.folder / WEIGHTS_FILE).read_bytes(),
+            }
             filesystem, root = lake.storage.arrow_filesystem()
             recorder = _recorder(tracking, children, progress, len(jobs))
-            results = _tune(jobs, sources[0], look_at, at_once, name, (filesystem, f"{root}/sweeps"), recorder)
+            progress.stage("sweep", 1.0)
+            results = _tune(given, at_once, name, (filesystem, f"{root}/sweeps"), recorder)
         status = "FINISHED"
     finally:
         tracking.end_run(parent, status)
@@ -202,18 +228,29 @@ def sweep(
     return SweepResult(name, cohort, by, ranked)
 
 
-def _tune(
-    jobs: list[Any], source: Any, look_at: Any, at_once: int, name: str, storage: tuple[Any, str], recorder: Any
-) -> dict[int, dict[str, Any]]:
-    """Return the last report of each trial, and under `failure` what ended it early."""
+def _at_once(config: Config, ray: Any, trials: int, *, use_gpu: bool) -> int:
+    """Return how many trials run side by side: one a core, and with GPUs one a GPU."""
+    resources = ray.cluster_resources()
+    most = tasks_at_once(config) or int(resources["CPU"])
+    if use_gpu:
+        most = min(most, int(resources["GPU"]))
+    return max(1, min(trials, most))
 
+
+def _tune(
+    given: dict[str, Any], at_once: int, name: str, storage: tuple[Any, str], recorder: Any
+) -> dict[int, dict[str, Any]]:
+    """Return the last report of each trial, and under `failure` what ended it early.
+
+    Args:
+        given: what `run_trial` takes beside its number.
+    """
     from ray import tune
 
-    threads = max(1, cores() // at_once)
-    trainable = tune.with_parameters(run_trial, jobs=jobs, source=source, look_at=look_at, threads=threads)
+    resources: dict[str, float] = {"cpu": 1, "gpu": 1} if given["use_gpu"] else {"cpu": 1}
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": 1}),
-        param_space={NUMBER: tune.grid_search(list(range(len(jobs))))},
+        tune.with_resources(tune.with_parameters(run_trial, **given), resources),
+        param_space={NUMBER: tune.grid_search(list(range(len(given["jobs"]))))},
         tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
         run_config=tune.RunConfig(
             name=name, storage_filesystem=storage[0], storage_path=storage[1], verbose=0, callbacks=[recorder]

@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,31 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from memmc.config import Config
+from memmc.config import Config, ModelConfig
 from memmc.errors import ConfigError, DataError, ModelError
 from memmc.lake.tables import Lake
 from memmc.model.digest import WEIGHTS_FILE
+from memmc.model.masking import num_kept
 from memmc.pipeline.audit import actor, head_of, recorded
-from memmc.pipeline.calibrate import calibrate_model
+from memmc.pipeline.calibrate import calibrate_model, require_normals
 from memmc.pipeline.cluster import ray_cluster, require_cpus
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.ingest import check_cohort
 from memmc.pipeline.model_card import build_card, publish_card
 from memmc.pipeline.models import OpenModel, open_model, tracking_of
 from memmc.pipeline.pins import Pins
+from memmc.pipeline.placement import place_training
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.quality import gate
 from memmc.pipeline.results import PlanResult, TrainResult
 from memmc.pipeline.runs import RunRecord, driving, task_of, to_resume, unfinished
 from memmc.pipeline.select import normal_table, one_preparation
 from memmc.registry.lineage import TrainingInput, images_digest, log_input
-from memmc.registry.models import register
+from memmc.registry.models import ModelVersion, register, registered_before
 from memmc.registry.promotion import AUTHOR_TAG
 from memmc.registry.tracking import Tracking
+from memmc.scoring.early_stop import stage_passes
+from memmc.training.checkpoint import identity_of
 from memmc.training.distributed import Fitted, TrainingJob, fit
 from memmc.training.feed import CachedFeed
 from memmc.training.source import ShardSource
@@ -76,10 +80,11 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
     gone on with by the next call with the same images and settings (`train.resume`).
 
     Raises:
+        UsageError: the cluster has fewer GPUs than `train.min_workers`.
         DataError: no normal images, or images prepared in different ways.
         ModelError: the model to start from is missing, or of another shape.
         TrainingError: the run failed for good.
-        GateRefused: too few held-out normals to calibrate, or the run to resume is in progress.
+        GateRefused: too few held-out normals to calibrate on, or the run to resume is in progress.
         StorageError: the tracking store does not answer at the start, or, after `tracking.wait_minutes`, at the end;
             then the next call goes on from the last checkpoint, which is the end.
     """
@@ -98,18 +103,19 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
             tracking.resume_run(record.tracked)
             progress.message(f"going on with run {record.run}; train.resume=new begins another")
         num_images, version = plan.rows.num_rows, record.dataset_version
-        progress.message(f"{num_images} normal images, table version {version}, {config.train.num_workers} workers")
         progress.stage("start workers")
         status = "FAILED"
         try:
-            with ray_cluster(config, home) as ray, tempfile.TemporaryDirectory() as folder:
-                fitted = _fit(config, ray, lake, plan, record, _Watcher(progress, tracking, record.tracked), folder)
+            with ray_cluster(config, home) as ray, tempfile.TemporaryDirectory(prefix="memmc-") as folder:
+                settings, use_gpu, workers = place_training(ray, config.train)
+                progress.message(f"{num_images} normal images, table version {version}; {workers}")
+                watcher = _Watcher(progress, tracking, record.tracked)
+                job = replace(plan.job, train=settings)
+                fitted = _fit(ray, lake, plan, job, record, watcher, folder, use_gpu=use_gpu)
                 if (Path(folder) / "last").is_dir():
                     tracking.log_artifacts(record.tracked, Path(folder) / "last", "last")
                 tracking.wait_for_store(config.tracking.wait_minutes, progress.message)
-                registered = register(
-                    tracking, record.tracked, Path(folder) / "model", f"memmc-{cohort}", tags=_model_tags(plan, record)
-                )
+                registered = _registered(tracking, plan, record, Path(folder) / "model")
                 model = open_model(config, home, registered.ref)
                 calibration = calibrate_model(config, ray, lake, model, cohort, progress)
                 card = build_card(config, model, _learned(plan, gated.flags), fitted.metrics, calibration)
@@ -197,7 +203,21 @@ def _plan(config: Config, home: Path, lake: Lake, cohort: str) -> tuple[_Plan, b
         # Later versions hold the same training images; the pinned one is the run's.
         version = found.dataset_version
         job = training_job(config, cohort, version, rows, start)
+    _require_normals(config, lake, job, found)
     return _Plan(cohort, version, pins, rows, held_out, job, task, start, found), found is not None
+
+
+def _require_normals(config: Config, lake: Lake, job: TrainingJob, found: RunRecord | None) -> None:
+    """Refuse to train what could not be calibrated afterwards, on the held-out normals of the run's own version."""
+    cohort, version = str(job.description["cohort"]), int(job.description["dataset_version"])
+    remedy, early_stages = "ingest more normals", 0
+    if found is not None:
+        remedy = f"begin another run when there are more (--resume new: {found.run} keeps to table version {version})"
+    if config.score.early_stop:
+        patches = (job.image_size // job.model.patch_size) ** 2
+        early_stages = len(stage_passes(patches, num_kept(patches, job.model.mask_ratio), config.score.passes)) - 1
+    held_out = normal_table(lake, cohort, "calibrate", version)
+    require_normals(config, held_out.num_rows, remedy, early_stages=early_stages)
 
 
 def keep_back(rows: pa.Table, share: float) -> tuple[pa.Table, pa.Table]:
@@ -226,14 +246,19 @@ def _hash(text: str) -> int:
 
 
 def _fit(
-    config: Config, ray: Any, lake: Lake, plan: _Plan, record: RunRecord, watcher: _Watcher, folder: str
+    ray: Any,
+    lake: Lake,
+    plan: _Plan,
+    job: TrainingJob,
+    record: RunRecord,
+    watcher: _Watcher,
+    folder: str,
+    *,
+    use_gpu: bool,
 ) -> Fitted:
-    use_gpu = _use_gpu(config, ray)
-    require_cpus(ray, config.train.min_workers or config.train.num_workers, use_gpu)
+    require_cpus(ray, job.train.min_workers or job.train.num_workers, use_gpu)
     files = lake.files("instances", plan.version, {"outcome": "stored", "split": "train", "cohort": plan.cohort})
     keys = plan.rows["object_key"].to_pylist()
-    num_bytes = len(keys) * plan.job.image_size**2 * plan.job.channels * plan.job.bits // 8
-    cached = num_bytes <= config.train.cache_bytes
     look_at = plan.held_out["object_key"].to_pylist() or sorted(keys, key=_hash)[:_LOOK_IMAGES]
     looks = CachedFeed(
         ShardSource.open(ray, lake.storage, "instances", files, look_at, cached=True).tables(), len(look_at), 1, 0, 0
@@ -241,8 +266,8 @@ def _fit(
     filesystem, root = lake.storage.arrow_filesystem()
     fitted = fit(
         ray,
-        ShardSource.open(ray, lake.storage, "instances", files, keys, cached=cached),
-        plan.job,
+        ShardSource.open(ray, lake.storage, "instances", files, keys, cached=kept_in_memory(job, len(keys))),
+        job,
         name=record.run,
         storage=(filesystem, f"{root}/training"),
         out=Path(folder),
@@ -254,6 +279,13 @@ def _fit(
     watcher.flush()
     watcher.log_last(fitted.metrics)
     return fitted
+
+
+def _registered(tracking: Tracking, plan: _Plan, record: RunRecord, folder: Path) -> ModelVersion:
+    """Return the run's version in the registry; a driver that failed after it was made has left it there."""
+    name = f"memmc-{plan.cohort}"
+    before = registered_before(tracking, record.tracked, folder, name)
+    return before or register(tracking, record.tracked, folder, name, tags=_model_tags(plan, record))
 
 
 def _model_tags(plan: _Plan, record: RunRecord) -> dict[str, str]:
@@ -312,20 +344,26 @@ def pooled_statistics(rows: pa.Table) -> tuple[float, float]:
 
 def _require_same_shape(config: Config, start: OpenModel, kind: dict[str, Any]) -> None:
     start.require({kind["preprocess_id"]})
-    found = {**start.info["model_config"], "image_size": start.info["image_size"], "channels": start.info["channels"]}
-    needed = {**config.model.model_dump(mode="json"), "image_size": kind["height"], "channels": kind["channels"]}
-    odd = sorted(name for name in {*found, *needed} if found.get(name) != needed.get(name))
+    try:
+        model = ModelConfig.model_validate(start.info["model_config"])  # settings that came after it: their defaults
+    except (KeyError, ValueError):
+        raise ModelError(
+            f"model {start.ref} cannot be started from: this version of memmc does not know its settings; "
+            "unset train.warm_start, or train with the version that made it"
+        ) from None
+    found = {**identity_of(model), "image_size": start.info["image_size"], "channels": start.info["channels"]}
+    needed = {**identity_of(config.model), "image_size": kind["height"], "channels": kind["channels"]}
+    odd = sorted(name for name in needed if found[name] != needed[name])
     if odd:
-        named = ", ".join(f"{name} is {found.get(name)}, needed {needed.get(name)}" for name in odd[:4])
+        named = ", ".join(f"{name} is {found[name]}, needed {needed[name]}" for name in odd[:4])
         raise ModelError(
             f"model {start.ref} cannot be started from: {named}; set model.* as it has them, or unset train.warm_start"
         )
 
 
-def _use_gpu(config: Config, ray: Any) -> bool:
-    if config.train.use_gpu is not None:
-        return config.train.use_gpu
-    return ray.cluster_resources().get("GPU", 0) >= (config.train.min_workers or config.train.num_workers)
+def kept_in_memory(job: TrainingJob, num_images: int) -> bool:
+    """Return whether a worker keeps so many images in memory (`train.cache_bytes`) or streams them every epoch."""
+    return num_images * job.image_size**2 * job.channels * job.bits // 8 <= job.train.cache_bytes
 
 
 def _params(config: Config) -> dict[str, str]:

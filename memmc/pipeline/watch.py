@@ -20,8 +20,7 @@ from memmc.pipeline.models import open_model, tracking_of
 from memmc.pipeline.observed import with_only, without
 from memmc.pipeline.quality import kept_from_scores
 from memmc.pipeline.score_plan import newer, since_limits
-from memmc.registry.models import CHAMPION, ModelVersion, all_versions, registered_at, resolve
-from memmc.registry.tracking import Tracking
+from memmc.registry.models import all_versions, champion_among, registered_at, resolve
 
 _LATEST = 200  # scores that are asked whether they are all one
 _COUNTED = ("stored", "excluded", "quarantined")
@@ -61,7 +60,7 @@ def watch(config: Config, cohort: str, model: str | None, since: str | None, now
     before = without(stored, "object_key", window["object_key"])
     scores = _scores(lake, cohort)
     latest = _latest(window, scores)
-    version = resolve(tracking, model) if model else champion_for(tracking, cohort)
+    version = resolve(tracking, model) if model else champion_among(all_versions(tracking), cohort)
     reference = model or (version.ref if version else None)
     weights = _weights(config, reference) if reference else None
     found = [
@@ -80,14 +79,6 @@ def watch(config: Config, cohort: str, model: str | None, since: str | None, now
     alarms = [alarm for alarm in found if alarm is not None]
     sound = version is not None and not any(alarm.name == "broken_weights" for alarm in alarms)
     return Watched(alarms, reference, sound)
-
-
-def champion_for(tracking: Tracking, cohort: str) -> ModelVersion | None:
-    """Return the champion that a cohort is scored with: that of its own name, else the only one there is."""
-    champions = [version for version in all_versions(tracking) if CHAMPION in version.aliases]
-    own = [version for version in champions if version.name == f"memmc-{cohort}"]
-    chosen = own or (champions if len(champions) == 1 else [])
-    return chosen[0] if chosen else None
 
 
 def _instances(lake: Lake, cohort: str) -> pa.Table:

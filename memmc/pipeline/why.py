@@ -64,7 +64,7 @@ def why(
         StorageError: the picture cannot be written.
     """
     lake = Lake(config.lake.uri)
-    opened = open_model(config, home_directory(), model)
+    opened = open_model(config, home_directory(), model, cohort)
     explainer = Explainer.open(config, lake, opened, progress or Silent())
     found = explainer.explain(cohort, uid)
     if picture is not None:
@@ -74,7 +74,11 @@ def why(
 
 @dataclass(frozen=True)
 class Explained:
-    """An explanation and what its picture shows: the scan (H, W, C), what was expected, and the map, (H, W) each."""
+    """An explanation and what its picture shows: the scan (H, W, C), what was expected, and the map, (H, W) each.
+
+    What was expected is what the score judged, the mean over passes; `pasted_ms_ssim` keeps in each pass the patches
+    that it could see.
+    """
 
     result: WhyResult
     image_HWC: NDArray[np.floating]
@@ -117,7 +121,7 @@ class Explainer:
         from memmc.model.memory_usage import gate_means
         from memmc.scoring.early_stop import StopRule
         from memmc.scoring.exported import ids_for
-        from memmc.scoring.masks import reconstruct
+        from memmc.scoring.masks import predict
         from memmc.scoring.scorer import scorer_from_bytes
         from memmc.scoring.why import patch_features, scale_shares, slot_uses
 
@@ -126,16 +130,18 @@ class Explainer:
         anomaly_map = decode_map(scored["anomaly_map"], scored["map_height"], scored["map_width"])
         regions = scored["regions"] or []
         place = place_of(anomaly_map, regions[0] if regions else None, loaded.model.patch_size)
-        ids = torch.from_numpy(ids_for(loaded, [uid], calibration["passes"] or self.config.score.passes))
-        ids = ids[:, : scored["passes_used"] or ids.shape[1]]
+        passes = calibration["passes"] or self.config.score.passes
         image_HWC = read_images(self.lake, cohort, [uid])[0]
         images = torch.from_numpy(image_HWC[None]).permute(0, 3, 1, 2).contiguous()
         mean, std = loaded.info.pixel_mean, loaded.info.pixel_std
         standardised = (images - mean) / std
-        reconstruction = reconstruct(loaded.model, standardised, ids).rescale(mean, std)
+        used, name = scored["passes_used"], calibration["scorer"]
+        judged = predict(name, loaded.model, loaded.digest, [uid], standardised, passes, used).rescale(mean, std)
         rule, state = StopRule.from_row(calibration["early_stop"]), calibration["scorer_state"]
-        scorer = scorer_from_bytes(rule.scorer_state(scored["passes_used"], state) if rule else state)
-        shares = scale_shares(scorer, scorer.features(images, reconstruction), images.shape[2])
+        scorer = scorer_from_bytes(rule.scorer_state(used, state) if rule else state)
+        shares = scale_shares(scorer, scorer.features(images, judged), images.shape[2])
+        # Whatever masks were scored: in these each patch is visible in some pass, so that every place can be asked.
+        ids = torch.from_numpy(ids_for(loaded, [uid], passes))
         features_LD = patch_features(loaded.model, standardised, ids)[0].numpy()
         uses = slot_uses(loaded.model, standardised[0], ids[0], torch.from_numpy(place.mask_L))
         result = WhyResult(
@@ -153,7 +159,7 @@ class Explainer:
             scales=[asdict(share) for share in shares],
             levels=gate_means(loaded.model, standardised.expand(len(ids[0]), -1, -1, -1), ids[0]),
         )
-        return Explained(result, image_HWC, reconstruction.mean_BCHW[0].mean(0).numpy(), anomaly_map)
+        return Explained(result, image_HWC, judged.mean_BCHW[0].mean(0).numpy(), anomaly_map)
 
     def picture(self, found: Explained) -> bytes:
         """Return an explanation as a PNG."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from memmc.errors import IntegrityError, ModelError
-from memmc.model.digest import model_digest
+from memmc.model.digest import WEIGHTS_FILE, model_digest
 from memmc.registry.tracking import Tracking
 
 CHAMPION = "champion"
@@ -90,15 +91,37 @@ def register(
         return _from_mlflow(client.get_model_version(name, str(created.version)))
 
 
-def resolve(tracking: Tracking, reference: str | None = None) -> ModelVersion:
+def registered_before(tracking: Tracking, run_id: str, folder: Path, name: str) -> ModelVersion | None:
+    """Return the version of `name` that a run has made of a folder's weights already, as the challenger; else None.
+
+    Descriptions may differ: a run that is gone on with after its end counts a little more time.
+
+    Raises:
+        ModelError: the version holds files that are not accepted.
+        IntegrityError: its files are not those that were registered.
+        StorageError: the registry or its artifacts cannot be reached.
+    """
+    for version in all_versions(tracking):
+        if (version.name, version.run_id) == (name, run_id):
+            weights = download(tracking, version) / WEIGHTS_FILE
+            if filecmp.cmp(folder / WEIGHTS_FILE, weights, shallow=False):
+                with tracking.reaching("written"):
+                    tracking.client.set_registered_model_alias(name, CHALLENGER, version.version)
+                return version
+    return None
+
+
+def resolve(tracking: Tracking, reference: str | None = None, cohort: str | None = None) -> ModelVersion:
     """Find the model a caller means.
 
     Args:
         reference: `name/3`, `name@alias`, either with `models:/` before it; a bare name (its champion, else its
-            newest version); a model folder; or None (the only champion, else the newest version of all models).
+            newest version); a model folder; or None, the champion: that of the cohort's own model, else the only one
+            there is. Before the first champion the newest version, of the cohort's own model if it has any.
+        cohort: that the model is wanted for.
 
     Raises:
-        ModelError: nothing fits; the message lists what exists.
+        ModelError: nothing fits, or None may mean several; the message lists what exists.
         StorageError: the registry cannot be reached.
     """
     if reference is not None and (Path(reference) / DESCRIPTION).is_file():
@@ -106,15 +129,31 @@ def resolve(tracking: Tracking, reference: str | None = None) -> ModelVersion:
         digest = model_digest(folder)
         return ModelVersion("local", digest, digest=digest, folder=folder)
     versions = all_versions(tracking)
-    if reference is None:
-        champions = [version for version in versions if CHAMPION in version.aliases]
-        chosen = champions if len(champions) == 1 else versions
-    else:
-        chosen = _matching(versions, reference)
+    chosen = _default(versions, cohort) if reference is None else _matching(versions, reference)
     if not chosen:
         wanted = "a model" if reference is None else f"'{reference}'"
         raise ModelError(f"{wanted} is not in the registry {tracking.place}; {_listing(versions)}")
     return chosen[0]
+
+
+def champion_among(versions: Sequence[ModelVersion], cohort: str | None) -> ModelVersion | None:
+    """Return the champion that a cohort is scored with: that of its own model, else the only one there is."""
+    champions = [version for version in versions if CHAMPION in version.aliases]
+    own = [version for version in champions if version.name == f"memmc-{cohort}"]
+    chosen = own or (champions if len(champions) == 1 else [])
+    return chosen[0] if chosen else None
+
+
+def _default(versions: Sequence[ModelVersion], cohort: str | None) -> Sequence[ModelVersion]:
+    """Return versions of which the first is meant where none is named; empty without any."""
+    champion = champion_among(versions, cohort)
+    if champion is not None:
+        return [champion]
+    champions = sorted(version.ref for version in versions if CHAMPION in version.aliases)
+    if champions:
+        wanted = "no cohort was named" if cohort is None else f"none is of cohort '{cohort}'"
+        raise ModelError(f"{len(champions)} models have a champion and {wanted}: {', '.join(champions)}; name a model")
+    return [version for version in versions if version.name == f"memmc-{cohort}"] or versions
 
 
 def all_versions(tracking: Tracking) -> list[ModelVersion]:

@@ -175,7 +175,7 @@ class Tracking:
 
     def log_text(self, run_id: str, texts: Mapping[str, str], folder: str | None = None) -> None:
         """Attach small text files, name -> content, to a run."""
-        with tempfile.TemporaryDirectory() as aside:
+        with tempfile.TemporaryDirectory(prefix="memmc-") as aside:
             for name, text in texts.items():
                 Path(aside, name).write_text(text, encoding="utf-8")
             self.log_artifacts(run_id, Path(aside), folder)
@@ -193,7 +193,7 @@ class Tracking:
             StorageError: the store or its artifacts cannot be reached.
         """
         self.flush()
-        with tempfile.TemporaryDirectory() as aside, self.reaching("read"):
+        with tempfile.TemporaryDirectory(prefix="memmc-") as aside, self.reaching("read"):
             listed = self.client.list_artifacts(run_id, path.rpartition("/")[0])
             if path not in {entry.path for entry in listed}:
                 return None

@@ -78,7 +78,7 @@ class Reconstructor:
         self.device = torch.device("cuda" if job.use_gpu else "cpu")
         if not job.use_gpu:
             torch.set_num_threads(max(1, cores() // job.score.num_actors))
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix="memmc-") as folder:
             for name, data in job.model_files.items():
                 Path(folder, name).write_bytes(data)
             self.loaded = load_model(folder, self.device)

@@ -195,7 +195,13 @@ def reconstruct_pasted(model: MaskedAutoencoder, images_BCHW: Tensor, ids_keep_B
 
 
 def predict(
-    scorer: str, model: MaskedAutoencoder, model_digest: str, uids: Sequence[str], images_BCHW: Tensor, passes: int
+    scorer: str,
+    model: MaskedAutoencoder,
+    model_digest: str,
+    uids: Sequence[str],
+    images_BCHW: Tensor,
+    passes: int,
+    passes_used: int | None = None,
 ) -> Reconstruction:
     """Return the reconstruction that a scorer of this name judges.
 
@@ -206,11 +212,12 @@ def predict(
         uids: SOP Instance UIDs, one per image.
         images_BCHW: standardised as in training.
         passes: per image; whole rounds of complementary masks.
+        passes_used: after so many of them the images were stopped; all when absent.
     """
-    if scorer == "pasted_ms_ssim":
-        ids = random_mask_ids(model_digest, uids, model.num_patches, model.num_keep, passes)
-        return reconstruct_pasted(model, images_BCHW, ids)
-    return reconstruct(model, images_BCHW, mask_ids(model_digest, uids, model.num_patches, model.num_keep, passes))
+    pasted = scorer == "pasted_ms_ssim"
+    draw = random_mask_ids if pasted else mask_ids
+    ids_BPK = draw(model_digest, uids, model.num_patches, model.num_keep, passes)[:, :passes_used]
+    return reconstruct_pasted(model, images_BCHW, ids_BPK) if pasted else reconstruct(model, images_BCHW, ids_BPK)
 
 
 class RunningReconstruction:

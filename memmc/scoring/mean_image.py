@@ -6,6 +6,7 @@ What it finds, the statistics around a reconstruction find too. A model earns it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from memmc.config import ScoreConfig
 from memmc.scoring.masks import Reconstruction
-from memmc.scoring.scorer import Features, make_scorer
+from memmc.scoring.scorer import Features, Scorer, make_scorer
 
 Grey = NDArray[np.floating]
 
@@ -32,24 +33,41 @@ class MeanImage:
         return Reconstruction.certain(self._mean_1HW.expand_as(images_BCHW))
 
 
-def mean_image_scores(score: ScoreConfig, train_NHW: Grey, held_NHW: Grey, test_NHW: Grey) -> NDArray[np.float64]:
-    """Return (N,) default scores of test images around the mean image, as a model's are taken around its own.
+@dataclass(frozen=True)
+class FittedMeanImage:
+    """The default score around the mean image, as a model's is taken around its own; each image is scored by itself.
 
-    Args:
-        score: grid and components of the statistics; its scorer does not matter.
-        train_NHW: normals whose mean stands for a reconstruction; all images in [0, 1] and of one size.
-        held_NHW: the normals the model is calibrated on; the statistics are fitted on them.
-
-    Raises:
-        DataError: fewer than 8 held-out normals.
+    Attributes:
+        mean: in place of a reconstruction.
+        scorer: fitted on held-out normals.
     """
-    mean, scorer = MeanImage(train_NHW), make_scorer(ScoreConfig(grid=score.grid, components=score.components))
 
-    def features(images_NHW: Grey) -> Features:
-        parts: list[Features] = []
-        for start in range(0, len(images_NHW), _BATCH):
-            images_BCHW = torch.from_numpy(images_NHW[start : start + _BATCH].astype(np.float32))[:, None]
-            parts.append(scorer.features(images_BCHW, mean(images_BCHW)))
-        return Features.join(parts)
+    mean: MeanImage
+    scorer: Scorer
 
-    return scorer.fit(features(held_NHW)).score_features(features(test_NHW)).anomaly_score_B
+    @classmethod
+    def fit(cls, score: ScoreConfig, train_NHW: Grey, held_NHW: Grey) -> FittedMeanImage:
+        """Fit the statistics.
+
+        Args:
+            score: grid and components of the statistics; its scorer does not matter.
+            train_NHW: normals whose mean stands for a reconstruction; all images in [0, 1] and of one size.
+            held_NHW: the normals the model is calibrated on; the statistics are fitted on them.
+
+        Raises:
+            DataError: fewer than 10 held-out normals.
+        """
+        mean, scorer = MeanImage(train_NHW), make_scorer(ScoreConfig(grid=score.grid, components=score.components))
+        return cls(mean, scorer.fit(_features(mean, scorer, held_NHW)))
+
+    def scores(self, test_NHW: Grey) -> NDArray[np.float64]:
+        """Return (N,) scores of images in [0, 1], of the size of the others."""
+        return self.scorer.score_features(_features(self.mean, self.scorer, test_NHW)).anomaly_score_B
+
+
+def _features(mean: MeanImage, scorer: Scorer, images_NHW: Grey) -> Features:
+    parts: list[Features] = []
+    for start in range(0, len(images_NHW), _BATCH):
+        images_BCHW = torch.from_numpy(images_NHW[start : start + _BATCH].astype(np.float32))[:, None]
+        parts.append(scorer.features(images_BCHW, mean(images_BCHW)))
+    return Features.join(parts)

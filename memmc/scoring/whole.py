@@ -35,6 +35,9 @@ class WholeScorer(nn.Module):
         normal_scores: of the held-out normals.
         threshold: score above which an image is abnormal.
         bits: of a stored pixel; 2^bits - 1 is white.
+
+    Raises:
+        DataError: the scorer has no exportable form (`head_of`), or needs a fit and has none.
     """
 
     normals_n: Tensor
@@ -46,12 +49,10 @@ class WholeScorer(nn.Module):
         self.model, self.info = loaded.model, loaded.info
         self.white, self.threshold = float(2**bits - 1), threshold
         self.register_buffer("normals_n", torch.tensor(sorted(normal_scores), dtype=torch.float64))
-        if isinstance(scorer, ResidualStatisticsScorer):
-            self.head: nn.Module = ResidualHead(scorer)
-        elif isinstance(scorer, SimilarityScorer):
-            self.head = SimilarityHead(scorer)
-        else:
-            raise DataError(f"scorer {scorer.name!r} has no exportable form")
+        head = head_of(scorer)
+        if head is None:
+            raise DataError(f"scorer {scorer.name!r} has no exportable form; calibrate with another score.scorer first")
+        self.head = head
 
     def forward(self, pixels_BHWC: Tensor, ids_keep_BPK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Score stored pixels.
@@ -82,6 +83,17 @@ class WholeScorer(nn.Module):
         # A visible patch's prediction is untrained and may be anything: chosen away, not multiplied by zero.
         total_BLD = torch.where(hidden_BPL1 > 0, pred_BPLD, 0.0).sum(1)
         return self.model.unpatchify(total_BLD / hidden_BPL1.sum(1)) * std + mean
+
+
+def head_of(scorer: Scorer) -> nn.Module | None:
+    """Return a scorer as a module of tensors; None for one without an exportable form.
+
+    Raises:
+        DataError: the scorer needs a fit and has none.
+    """
+    if isinstance(scorer, ResidualStatisticsScorer):
+        return ResidualHead(scorer)
+    return SimilarityHead(scorer) if isinstance(scorer, SimilarityScorer) else None
 
 
 class ResidualHead(nn.Module):

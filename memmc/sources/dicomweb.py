@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from memmc.errors import StorageError
-from memmc.sources.http import Access, ask, get
+from memmc.sources.http import Access, answers, ask, get
 from memmc.sources.objects import (
     FILE_PATH_ESCAPE,
     FILE_UNREADABLE,
+    Cursor,
     FetchFailed,
     IsNew,
+    Listed,
     Listing,
     SourceObject,
+    unheard,
 )
 
 PAGE_RESULTS = 500
@@ -50,6 +53,7 @@ class DicomWebSource:
         study_dates: only studies of this Study Date (0008,0020) or range of dates.
     """
 
+    has_cursor: ClassVar[bool] = False
     uri: str
     url: str
     access: Access
@@ -57,20 +61,20 @@ class DicomWebSource:
     modalities: tuple[str, ...] = ()
     study_dates: str | None = None
 
-    def listing(self, cursor: str | None, is_new: IsNew) -> Listing:
+    def listing(self, cursor: Cursor | None, is_new: IsNew, listed: Listed = unheard) -> Listing:
         """List every instance; see `Source.listing`.
 
         QIDO-RS does not say when a study last changed, so studies with new instances are looked at twice,
         `quiet_seconds` apart; one that has grown or shrunk stays pending.
         """
-        studies = {uid: self._instances(uid, count) for uid, count in self._studies().items()}
+        studies = self._all_instances(self._studies(), listed, "studies")
         new = {uid: [obj.path for obj in found if is_new(obj)] for uid, found in studies.items()}
         watched = [uid for uid, paths in new.items() if paths] if self.quiet_seconds else []
         if watched:
             time.sleep(self.quiet_seconds)
         pending: set[str] = set()
-        for uid in watched:
-            if self._instances(uid, None) != studies[uid]:
+        for uid, found in self._all_instances(dict.fromkeys(watched), listed, "studies looked at again").items():
+            if found != studies[uid]:
                 pending.update(new[uid])
         objects = [obj for found in studies.values() for obj in found if obj.path not in pending]
         return Listing(objects, pending=len(pending))
@@ -105,6 +109,13 @@ class DicomWebSource:
                 count = _value(match, NUMBER_OF_STUDY_RELATED_INSTANCES)
                 studies.setdefault(uid, int(count) if count and count.isdecimal() else None)
         return studies
+
+    def _all_instances(
+        self, counts: Mapping[str, int | None], listed: Listed, what: str
+    ) -> dict[str, list[SourceObject]]:
+        """Return the instances of each study, the studies in the order of `counts`."""
+        found = answers(lambda study: self._instances(study, counts[study]), counts, listed, what)
+        return dict(zip(counts, found, strict=True))
 
     def _instances(self, study: str, count: int | None) -> list[SourceObject]:
         """Return a study's instances in the order of their UIDs; none when it was deleted meanwhile."""

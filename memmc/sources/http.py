@@ -13,10 +13,11 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -31,7 +32,12 @@ from memmc.sources.objects import (
     STORE_TIMEOUT,
     STORE_TLS,
     FetchFailed,
+    Listed,
+    unheard,
 )
+
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
 
 PASSWORD_VARIABLE = "MEMMC_SOURCE_PASSWORD"
 RETRY_DELAYS_S = (0.5, 2.0)
@@ -169,6 +175,29 @@ def ask_bytes(
         if failure.reason == FILE_CHANGED_DURING_READ:
             return None
         raise StorageError(_LISTING[failure.reason]) from None
+
+
+def answers(
+    question: Callable[[Asked], Answered], items: Collection[Asked], listed: Listed = unheard, what: str = ""
+) -> list[Answered]:
+    """Return what a question brings for each item, in their order; `REQUESTS_AT_ONCE` are under way at a time.
+
+    Args:
+        question: its first error ends all and is raised here.
+        items: what to ask about.
+        listed: hears how many are answered.
+        what: the items' name in the plural.
+    """
+    found: list[Answered] = []
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        try:
+            for answer in pool.map(question, items):
+                found.append(answer)
+                listed(len(found), f"{len(found)} of {len(items)} {what}")
+        except BaseException:  # an interrupt too: what is not asked yet is asked no more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return found
 
 
 _LISTING = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 FILE_SYMLINK = "FILE_SYMLINK"
 FILE_NOT_REGULAR = "FILE_NOT_REGULAR"
@@ -21,8 +21,11 @@ STORE_AUTH = "STORE_AUTH"
 STORE_TIMEOUT = "STORE_TIMEOUT"
 STORE_TLS = "STORE_TLS"  # no certificate to trust: another host's, one of an unknown authority, or one out of date
 
-RETRIABLE = frozenset({FILE_UNREADABLE, FILE_CHANGED_DURING_READ, STORE_AUTH, STORE_TIMEOUT, STORE_TLS})
-"""Reasons that may pass by themselves; the object stays pending for the next run."""
+STORE_FAILURES = frozenset({STORE_AUTH, STORE_TIMEOUT, STORE_TLS})
+"""Reasons that may be the place's as well as one object's."""
+
+RETRIABLE = STORE_FAILURES | {FILE_UNREADABLE, FILE_CHANGED_DURING_READ, FILE_CHECKSUM}
+"""Reasons that may pass by themselves; the next run tries the object again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,19 @@ class FetchFailed(Exception):
 
 
 @dataclass(frozen=True)
+class Cursor:
+    """Up to where a source is accounted for.
+
+    Attributes:
+        place: in the source's own words, one line.
+        again: paths of objects before it that could not be fetched.
+    """
+
+    place: str
+    again: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Listing:
     """What a source holds now, or holds beyond a cursor.
 
@@ -73,28 +89,43 @@ class Listing:
 
     objects: list[SourceObject]
     pending: int = 0
-    cursor: str | None = None
+    cursor: Cursor | None = None
     whole: bool = True
 
 
 IsNew = Callable[[SourceObject], bool]
 """Says of a listed object whether no run has accounted for it."""
 
+Listed = Callable[[int, str], None]
+"""Is told how much is listed so far, as a number and in words without names."""
+
+
+def unheard(done: int, note: str) -> None:
+    """Tell nobody."""
+
 
 class Source(Protocol):
-    """A place that objects come from. Holds no open connection and may be pickled; never log it."""
+    """A place that objects come from. Holds no open connection and may be pickled; never log it.
+
+    Attributes:
+        has_cursor: a listing may begin where an earlier one ended.
+    """
+
+    has_cursor: ClassVar[bool]
 
     @property
     def uri(self) -> str:
         """The place, without credentials; part of every object's key."""
         ...
 
-    def listing(self, cursor: str | None, is_new: IsNew) -> Listing:
+    def listing(self, cursor: Cursor | None, is_new: IsNew, listed: Listed = unheard) -> Listing:
         """List the objects.
 
         Args:
-            cursor: what the last listing whose objects were committed gave, or None.
+            cursor: what the last listing whose objects were committed gave, and what of it is to be listed again; None
+                lists all, as does a source without a cursor.
             is_new: spares questions about objects that are accounted for.
+            listed: hears how far the listing is.
 
         Raises:
             UsageError: the source is not there, or its URI is not understood.
@@ -115,6 +146,6 @@ class Source(Protocol):
         """Return an object's bytes, all of them from the version that was listed.
 
         Raises:
-            FetchFailed: with a reason code; `STORE_*` when the place itself fails.
+            FetchFailed: with a reason code; `STORE_*` when the place refuses or does not answer.
         """
         ...

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import unquote_to_bytes
 
 from memmc.config import SourceConfig
@@ -14,20 +15,28 @@ from memmc.sources.archive import fetch_member, is_zip, list_members
 from memmc.sources.dicomweb import DicomWebSource
 from memmc.sources.folder_s3 import fetch, list_objects, local_root
 from memmc.sources.http import Access, server_url
-from memmc.sources.objects import IsNew, Listing, Source, SourceObject
+from memmc.sources.objects import Cursor, IsNew, Listed, Listing, Source, SourceObject, unheard
 from memmc.sources.orthanc import OrthancSource
+
+TOLD_EVERY = 1000  # objects of a folder or prefix
 
 
 @dataclass(frozen=True)
 class FileSource:
     """A folder, a file, a ZIP file or an S3 prefix; a `memmc.sources.objects.Source`."""
 
+    has_cursor: ClassVar[bool] = False
     uri: str
     settings: SourceConfig
 
-    def listing(self, cursor: str | None, is_new: IsNew) -> Listing:
+    def listing(self, cursor: Cursor | None, is_new: IsNew, listed: Listed = unheard) -> Listing:
         """List every object, and the members of ZIP files that are to be opened; see `Source.listing`."""
-        return Listing(list(self._objects()))
+        objects: list[SourceObject] = []
+        for obj in self._objects():
+            objects.append(obj)
+            if len(objects) % TOLD_EVERY == 0:
+                listed(len(objects), f"{len(objects)} objects")
+        return Listing(objects)
 
     def check(self) -> str:
         """Look for a first object; see `Source.check`."""

@@ -3,7 +3,8 @@
 ``/changes`` numbers everything that ever arrived. A cursor says up to which number all instances are accounted for. It
 is kept with the identifier found at that number: an Orthanc that was set up anew numbers from 1 again, and shows by
 another identifier (or none) at that place that its numbers mean something else; then everything is listed again, which
-costs time and nothing else, since accounted objects are known by their keys.
+costs time and nothing else, since accounted objects are known by their keys. Instances before the cursor that could not
+be fetched are listed again by their identifiers.
 """
 
 from __future__ import annotations
@@ -11,25 +12,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 from memmc.errors import StorageError
-from memmc.sources.http import MAX_JSON_BYTES, REQUESTS_AT_ONCE, Access, ask, ask_bytes, get
+from memmc.sources.http import MAX_JSON_BYTES, Access, answers, ask, ask_bytes, get
 from memmc.sources.objects import (
     FILE_CHANGED_DURING_READ,
     FILE_CHECKSUM,
     FILE_PATH_ESCAPE,
     FILE_TOO_LARGE,
     FILE_UNREADABLE,
+    Cursor,
     FetchFailed,
     IsNew,
+    Listed,
     Listing,
     SourceObject,
+    unheard,
 )
 
 PAGE_CHANGES = 1000
@@ -59,13 +62,14 @@ class OrthancSource:
         quiet_seconds: a study in which something arrived more recently is not complete, s.
     """
 
+    has_cursor: ClassVar[bool] = True
     uri: str
     url: str
     access: Access
     quiet_seconds: float = 60.0
 
-    def listing(self, cursor: str | None, is_new: IsNew) -> Listing:
-        """List the instances that arrived after the cursor; see `Source.listing`.
+    def listing(self, cursor: Cursor | None, is_new: IsNew, listed: Listed = unheard) -> Listing:
+        """List the instances that arrived after the cursor, and before them those that it names; see `Source.listing`.
 
         An instance that was deleted meanwhile is not listed. One that was sent again with other bytes is another
         object, since its attachment is.
@@ -73,11 +77,12 @@ class OrthancSource:
         self.check()
         after = self._known(cursor)
         changes = self._changes(after)
-        first: dict[str, int] = {}
+        # Below every number, so that the cursor stays where it is while the study of one of these is not complete.
+        first: dict[str, int] = dict.fromkeys(cursor.again, 0) if cursor is not None and after else {}
         for change in changes:
             if change.is_instance:
                 first.setdefault(change.identifier, change.number)
-        found = self._instances(first)
+        found = self._instances(first, listed)
         new = {obj.path: series for obj, series in found if is_new(obj)}
         limit = self._quiet_since()
         busy = self._busy_series(set(new.values()), limit)
@@ -87,7 +92,7 @@ class OrthancSource:
         held = [first[path] for path in pending] + [change.number for change in changes if change.when > limit]
         stop = min(held, default=None)
         done = [change for change in changes if stop is None or change.number < stop]
-        reached = f"{done[-1].number} {done[-1].identifier}" if done else cursor if after else None
+        reached = Cursor(f"{done[-1].number} {done[-1].identifier}") if done else cursor if after else None
         objects = [obj for obj, _ in found if obj.path not in pending]
         return Listing(objects, pending=len(pending), cursor=reached, whole=after == 0)
 
@@ -130,9 +135,9 @@ class OrthancSource:
             )
         return f"Orthanc {system.get('Version', '')} answers"
 
-    def _known(self, cursor: str | None) -> int:
+    def _known(self, cursor: Cursor | None) -> int:
         """Return the number to go on from: the cursor's, or 0 when the server no longer has that change."""
-        number, _, identifier = (cursor or "").partition(" ")
+        number, _, identifier = ("" if cursor is None else cursor.place).partition(" ")
         if not number.isdecimal() or int(number) < 1:
             return 0
         changes, _, _ = self._page(int(number) - 1, 1)
@@ -156,11 +161,10 @@ class OrthancSource:
         except (KeyError, TypeError, ValueError):
             raise StorageError("the source's list of changes is not understood; is it an Orthanc server?") from None
 
-    def _instances(self, identifiers: Iterable[str]) -> list[tuple[SourceObject, str]]:
+    def _instances(self, identifiers: Collection[str], listed: Listed) -> list[tuple[SourceObject, str]]:
         """Return each instance that is still there, and its series."""
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            found = pool.map(self._instance, identifiers)
-            return [item for item in found if item is not None]
+        found = answers(self._instance, identifiers, listed, "instances")
+        return [item for item in found if item is not None]
 
     def _instance(self, identifier: str) -> tuple[SourceObject, str] | None:
         answer = self._resource("instances", identifier)
@@ -177,10 +181,9 @@ class OrthancSource:
         """Return the series whose study was changed after `limit`."""
         if not self.quiet_seconds or not series:
             return frozenset()
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            parents = dict(zip(series, pool.map(self._study_of, series), strict=True))
-            studies = sorted({study for study in parents.values() if study})
-            changed = dict(zip(studies, pool.map(self._last_update, studies), strict=True))
+        parents = dict(zip(series, answers(self._study_of, series), strict=True))
+        studies = sorted({study for study in parents.values() if study})
+        changed = dict(zip(studies, answers(self._last_update, studies), strict=True))
         busy = {study for study, when in changed.items() if when is not None and when > limit}
         return frozenset(name for name, study in parents.items() if study in busy)
 

@@ -44,6 +44,11 @@ def standardise(
     return images_BHWC.mul_(scale).sub_(pixel_mean / pixel_std).permute(0, 3, 1, 2).contiguous()
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on a device; a GPU is not waited for, as it would be from memory that is not pinned."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def random_affines(batch: int, crop_scale: float, rotate_degrees: float, generator: torch.Generator) -> Tensor:
     """Return affines of shape (B, 2, 3) that map output to input positions, both in [-1, 1].
 
@@ -70,5 +75,5 @@ def random_affines(batch: int, crop_scale: float, rotate_degrees: float, generat
 def augment(images_BCHW: Tensor, crop_scale: float, rotate_degrees: float, generator: torch.Generator) -> Tensor:
     """Return randomly cropped, turned and shifted images of the same shape; bilinear, borders repeated."""
     affines = random_affines(len(images_BCHW), crop_scale, rotate_degrees, generator)
-    grid = affine_grid(affines.to(images_BCHW.device), list(images_BCHW.shape), align_corners=False)
+    grid = affine_grid(sent(affines, images_BCHW.device), list(images_BCHW.shape), align_corners=False)
     return grid_sample(images_BCHW, grid, mode="bilinear", padding_mode="border", align_corners=False)

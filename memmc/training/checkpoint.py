@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from memmc.config import ModelConfig
 from memmc.errors import IntegrityError, ModelError
 from memmc.model.mae import MemMCMAE
 from memmc.training.optim import WeightAverage
@@ -128,7 +129,7 @@ def load_checkpoint(
         ModelError: unfinished, of another format, or of another model.
     """
     document = _read_document(Path(folder, STATE_FILE))
-    if document["model"] != _model_identity(model):
+    if not _is_of(document["model"], model):
         raise ModelError("checkpoint is of another model configuration; give this run a new name or the old config")
     content: list[dict[str, Tensor]] = []
     for name in TENSOR_FILES:
@@ -160,6 +161,23 @@ def _model_identity(model: MemMCMAE) -> dict[str, Any]:
         "image_size": model.image_size,
         "channels": model.channels,
     }
+
+
+def identity_of(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings in which two models must agree for one to take the other's weights.
+
+    All but `recompute`, with which a model computes the same numbers in less memory.
+    """
+    return config.model_dump(mode="json", exclude={"recompute"})
+
+
+def _is_of(written: Any, model: MemMCMAE) -> bool:
+    """Say whether a checkpoint is of this model; settings that came after it was written have their defaults."""
+    try:
+        found = {**written, "config": identity_of(ModelConfig.model_validate(written["config"]))}
+    except (KeyError, TypeError, ValueError):
+        return False
+    return found == {**_model_identity(model), "config": identity_of(model.config)}
 
 
 def _read_document(path: Path) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +23,12 @@ from memmc.config import TrainConfig
 from memmc.errors import DivergedError, TrainingError
 from memmc.model.mae import MemMCMAE
 from memmc.model.masking import random_ids_keep
-from memmc.training.augment import augment, standardise
+from memmc.training.augment import augment, sent, standardise
 from memmc.training.checkpoint import RunState, collect, load_checkpoint, save_checkpoint
 from memmc.training.feed import Batch, Feed
 from memmc.training.optim import WeightAverage, learning_rate, make_optimizer, set_learning_rate
 from memmc.training.order import Position
+from memmc.training.pace import Clock, Window
 from memmc.training.peers import Alone, Sync
 from memmc.training.sharding import whole
 
@@ -49,8 +49,8 @@ EARLY_STEPS = (1, 2, 4)
 LOSS_STEPS = 32
 """Steps over which the reported loss is the mean."""
 
-NAMED_IMAGES = 16
-"""Images of a bad batch that an error names."""
+NAMED_IMAGES = 64
+"""Images of bad batches that an error names."""
 
 
 @dataclass(frozen=True)
@@ -96,32 +96,6 @@ class InputSpec:
     bits: int
     pixel_mean: float
     pixel_std: float
-
-
-class _Clock:
-    """Progress of the run, equal on all ranks: rank 0's time, carried on at its pace between two words."""
-
-    def __init__(self, config: TrainConfig, sync: Sync, state: RunState) -> None:
-        self._sync = sync
-        self._max_steps, self._max_seconds = config.max_steps, config.max_minutes * 60.0
-        self._start = time.monotonic() - state.elapsed_s
-        self._agreed_s, self._agreed_step, self._pace_s = state.elapsed_s, state.step, 0.0
-
-    @property
-    def own_s(self) -> float:
-        return time.monotonic() - self._start
-
-    def agree(self, step: int) -> float:
-        """Take rank 0's elapsed time and return it; every rank must call this at the same steps."""
-        now_s = self._sync.broadcast_float(self.own_s)
-        if step > self._agreed_step:
-            self._pace_s = max(now_s - self._agreed_s, 0.0) / (step - self._agreed_step)
-        self._agreed_s, self._agreed_step = now_s, step
-        return now_s
-
-    def progress(self, step: int) -> float:
-        elapsed_s = self._agreed_s + self._pace_s * (step - self._agreed_step)
-        return max(step / self._max_steps, elapsed_s / self._max_seconds)
 
 
 def train(
@@ -179,6 +153,22 @@ def train(
     return run.run(feed, on_step or (lambda: None), on_look, on_log or (lambda _: None), on_checkpoint)
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose figures nobody has looked at yet.
+
+    Attributes:
+        epoch: that its first image is of.
+        losses: one of each batch, over the number of batches.
+    """
+
+    step: int
+    epoch: int
+    losses: list[Tensor]
+    norm: Tensor
+    batches: list[Batch]
+
+
 class _Run:
     """State of one attempt at a run."""
 
@@ -198,7 +188,7 @@ class _Run:
         self.wrapped = sync.wrap(model, self.average.model)
         self.optimizer = make_optimizer(model, config)
         self.state = RunState(step=0, position=Position(0, ((0, world_size),)), elapsed_s=0.0, seed=config.seed)
-        self.pending: list[tuple[int, Tensor, Tensor, list[Batch]]] = []
+        self.pending: list[_Pending] = []
         self.losses: deque[float] = deque(maxlen=LOSS_STEPS)
         self.last_norm = math.nan
         self.num_images = 0
@@ -220,8 +210,8 @@ class _Run:
     ) -> TrainOutcome:
         self.num_images = feed.num_images
         self.wrapped.train()
-        clock = _Clock(self.config, self.sync, self.state)
-        window = _Window(feed(self.state.position), self.state.position.images)
+        clock = Clock(self.config, self.sync, self.state)
+        window = Window(feed(self.state.position), self.state.position.images)
         metrics: Metrics = {}
         first, saved_s = self.state.step, self.state.elapsed_s
         look_due_s = saved_s + self.config.look_seconds
@@ -243,8 +233,9 @@ class _Run:
                     on_step()
                 on_log(metrics)
                 if on_checkpoint is not None and elapsed_s - saved_s >= self.config.checkpoint_seconds:
-                    on_checkpoint(self._saver(clock), metrics)
+                    on_checkpoint(self._saver(clock.own_s), metrics)
                     saved_s = elapsed_s
+                    clock.agree(self.state.step)
         self._check_finite()
         seconds = clock.own_s
         if not metrics:
@@ -252,7 +243,7 @@ class _Run:
         if on_look is not None and self.state.step > first:
             on_log(metrics | self._metrics(1.0, 0.0, seconds) | self._look(on_look))
         if on_checkpoint is not None:
-            on_checkpoint(self._saver(clock), metrics)
+            on_checkpoint(self._saver(clock.final_s(self.state.step)), metrics)
         average = self._whole_average()
         return TrainOutcome(
             ema_model=average,
@@ -272,7 +263,7 @@ class _Run:
     def _step(self, batches: list[Batch], rate: float) -> None:
         """One optimiser step; loss and gradient norm are kept aside, so that a GPU need not be waited for."""
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
+        losses: list[Tensor] = []
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             images_BCHW, ids_keep_BK = self._inputs(batch, self.state.step * len(batches) + number)
@@ -280,9 +271,9 @@ class _Run:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=_has_bf16(self.device)):
                     loss: Tensor = self.wrapped(images_BCHW, ids_keep_BK).loss / len(batches)
                 loss.backward()
-            total += loss.detach()
-        norm = self._clip()
-        self.pending.append((self.state.step, total, norm, batches))
+            losses.append(loss.detach())
+        epoch = self.state.position.images // (self.num_images or 1)
+        self.pending.append(_Pending(self.state.step, epoch, losses, self._clip(), batches))
         if self.device.type != "cuda":
             self._check_finite()
         set_learning_rate(self.optimizer, rate)
@@ -316,34 +307,33 @@ class _Run:
         generator = torch.Generator().manual_seed(step_seed(self.config.seed, self.rank, number))
         images_BCHW = augment(images_BCHW, self.config.crop_scale, self.config.rotate_degrees, generator)
         ids_keep_BK = random_ids_keep(len(images_BCHW), model.num_patches, model.num_keep, generator)
-        return images_BCHW, ids_keep_BK.to(self.device, non_blocking=True)
+        return images_BCHW, sent(ids_keep_BK, self.device)
 
     def _check_finite(self) -> None:
         """Move pending losses to the list of losses; fail on the first gradient that is not finite.
 
         The norm is of the gradient averaged over ranks, so that all ranks find the same step.
         """
-        for step, loss, norm, batches in self.pending:
-            self.last_norm = norm.item()
+        for done in self.pending:
+            self.last_norm = done.norm.item()
             if not math.isfinite(self.last_norm):
-                self._fail(step, loss.item(), batches)
-            self.losses.append(loss.item())
+                self._fail(done)
+            self.losses.append(sum(loss.item() for loss in done.losses))
         self.pending.clear()
 
-    def _fail(self, step: int, loss: float, batches: list[Batch]) -> NoReturn:
-        """Name the batch of each rank whose loss is not finite; of all ranks when only the gradient is."""
-        uids = [uid for batch in batches for uid in batch.uids]
+    def _fail(self, failed: _Pending) -> NoReturn:
+        """Name the batches of each rank whose loss is not finite; of all ranks when only the gradient is."""
+        loss = sum(part.item() for part in failed.losses)
+        broken = [batch for batch, part in zip(failed.batches, failed.losses, strict=True) if not part.isfinite()]
+        uids = [uid for batch in broken or failed.batches for uid in batch.uids]
         more = f" and {len(uids) - NAMED_IMAGES} more" if len(uids) > NAMED_IMAGES else ""
         named = f"rank {self.rank}, loss {loss:.4g}: {', '.join(uids[:NAMED_IMAGES]) or 'unnamed images'}{more}"
         bad, fine = "bad:", "fine:"
         texts = self.sync.texts((fine if math.isfinite(loss) else bad) + named)
         chosen = [text.removeprefix(bad) for text in texts if text.startswith(bad)]
         chosen = chosen or [text.removeprefix(fine) for text in texts]
-        epoch = (self.state.position.images - 1 if step < self.state.step else self.state.position.images) // (
-            self.num_images or 1
-        )
         raise DivergedError(
-            f"step {step} (epoch {epoch}): gradient norm {self.last_norm}; {'; '.join(chosen)}. "
+            f"step {failed.step} (epoch {failed.epoch}): gradient norm {self.last_norm}; {'; '.join(chosen)}. "
             "Lower train.base_lr, or look at these images (sop_instance_uid)"
         )
 
@@ -361,8 +351,8 @@ class _Run:
     def _recent_loss(self) -> float:
         return sum(self.losses) / len(self.losses) if self.losses else math.nan
 
-    def _saver(self, clock: _Clock) -> Save:
-        state = replace(self.state, elapsed_s=clock.own_s, losses=tuple(self.losses))
+    def _saver(self, elapsed_s: float) -> Save:
+        state = replace(self.state, elapsed_s=elapsed_s, losses=tuple(self.losses))
         content = collect(self.model, self.average, self.optimizer, self.selected)
 
         def save(folder: Path) -> None:
@@ -394,30 +384,6 @@ class _Run:
 
     def _out_of_patience(self) -> bool:
         return self.config.patience is not None and self.state.looks_since_best >= self.config.patience
-
-
-class _Window:
-    """Batches, and the time spent on them since the last log entry."""
-
-    def __init__(self, stream: Iterator[Batch], images: int) -> None:
-        self._stream, self._images = stream, images
-        self._start, self._waited_s = time.monotonic(), 0.0
-
-    def next_batch(self) -> Batch:
-        began = time.monotonic()
-        batch = next(self._stream, None)
-        if batch is None:
-            raise TrainingError("the batches came to an end; are there training images?")
-        self._waited_s += time.monotonic() - began
-        return batch
-
-    def close(self, images: int) -> Metrics:
-        """Return the rates of the window and begin the next one."""
-        now = time.monotonic()
-        seconds = max(now - self._start, 1e-9)
-        rates = {"images_per_s": (images - self._images) / seconds, "data_wait": self._waited_s / seconds}
-        self._images, self._start, self._waited_s = images, now, 0.0
-        return rates
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:

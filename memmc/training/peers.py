@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from memmc.model.mae import MemMCMAE
@@ -106,8 +107,10 @@ class Group:
     def wrap(self, model: MemMCMAE, average: MemMCMAE) -> nn.Module:
         """Return the model under DDP, or the model itself with its parameters and the average's sharded."""
         if self._strategy == "fsdp":
-            shard(model)
-            shard(average)
+            # Without a mesh torch would take the device that it was built for, with or without one at hand.
+            mesh = init_device_mesh(self._device.type, (dist.get_world_size(),))
+            shard(model, mesh)
+            shard(average, mesh)
             return model
         devices = [self._device.index] if self._device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)

@@ -5,7 +5,12 @@ Source: torch.distributed.fsdp.fully_shard (FSDP2): parameters become DTensors, 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -25,8 +30,8 @@ def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(local, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def shard(model: nn.Module) -> None:
-    """Spread a model's parameters over all workers, block by block, so that each holds a share of them.
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread a model's parameters over the workers of a mesh, block by block, so that each holds a share of them.
 
     A block's parameters are gathered for as long as it computes.
     """
@@ -37,5 +42,5 @@ def shard(model: nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, EncoderBlock | DecoderBlock):
-            fully_shard(module)
-    fully_shard(model)
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)

@@ -145,7 +145,7 @@ class _Worker:
 
     def _report(self, save: Callable[[Path], None], metrics: Metrics) -> None:
         """Give Ray Train a checkpoint of rank 0, and wait until every worker has."""
-        with self._watchdog.away(), tempfile.TemporaryDirectory() as folder:
+        with self._watchdog.away(), tempfile.TemporaryDirectory(prefix="memmc-") as folder:
             if self._rank == 0:
                 save(Path(folder))
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if self._rank == 0 else None)

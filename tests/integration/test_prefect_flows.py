@@ -121,7 +121,8 @@ def test_ingest_runs_as_a_flow_with_its_account_shown(home, client, monkeypatch)
         return ACCOUNT
 
     fake(monkeypatch, "ingest", step)
-    config = load_config(overrides=["score.passes=8", "lake.uri=/data/lake"])
+    private = ["source.uri=/data/DOE^JANE", "source.labels_file=/data/doe.csv", "deid.key_file=/keys/doe"]
+    config = load_config(overrides=["score.passes=8", "lake.uri=/data/lake", *private])
     listener = Listener()
     result = ingest.run(config, "/data/DOE^JANE", "cxr", None, "/data/doe.csv", home=home, progress=listener)
 

@@ -10,7 +10,7 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 
 from memmc.errors import DataError
-from memmc.evaluation.controls import control_scores, evaluate_controls, reduce_images
+from memmc.evaluation.controls import FittedControls, control_scores, evaluate_controls, reduce_images
 from memmc.evaluation.metrics import auroc
 
 LABELS = np.arange(200) < 100
@@ -108,6 +108,15 @@ def test_distances_equal_sklearn() -> None:
     covariance = EmpiricalCovariance().fit(reduce_images(train) @ basis.T)
     expected = np.sqrt(covariance.mahalanobis(reduce_images(test) @ basis.T) * 89 / 90)
     np.testing.assert_allclose(control_scores(train, test)["pca_8x8"], expected, rtol=0.02)
+
+
+def test_an_image_is_scored_alike_alone_and_among_others() -> None:
+    rng = np.random.default_rng(4)
+    train, test = rng.random((60, 16, 16)), rng.random((20, 16, 16))
+    fitted = FittedControls.fit(train)
+    for name, values in control_scores(train, test).items():
+        alone = [fitted.scores(test[number : number + 1])[name][0] for number in range(len(test))]
+        np.testing.assert_allclose(alone, values, rtol=1e-9)
 
 
 def test_evaluation_turns_a_control_and_pairs_the_gain() -> None:

@@ -187,6 +187,40 @@ def test_losses_without_memory_and_levels_stand_in_the_report(demo: ReportData) 
     assert "last encoder level alone" not in render_report(dataclasses.replace(demo, memory=single))
 
 
+def test_levels_stand_in_the_report_of_a_model_without_memory(demo: ReportData) -> None:
+    def said(memory: MemoryHealth) -> str:
+        return " ".join(Page(render_report(dataclasses.replace(demo, memory=memory))).text.split())
+
+    shut = ShutOff(0.801, 0.028, Interval(0.004, 0.051))
+    levels = MemoryHealth(
+        (),
+        Ablation(48, 48, 0.829, last_level_only=shut),
+        gates=(0.41, 0.52, 0.63),
+        error=0.211,
+        error_last_level_only=0.307,
+    )
+    text = said(levels)
+    for part in (
+        "No memory slots in the attention of the encoder.",
+        "whole model 0.829; hearing the last level alone 0.801 (difference +0.028, 0.004 – 0.051).",
+        "Masked error on held-out normals 0.211; hearing the last encoder level alone 0.307.",
+        "Mean gate of each level, first to last: 0.41, 0.52, 0.63.",
+    ):
+        assert part in text
+    assert "without the memory" not in text
+    assert "Not measured, or a model" not in text
+    unmeasured = said(dataclasses.replace(levels, ablation=None))
+    assert "AUROC hearing the last level alone: not measured." in unmeasured
+    both = said(dataclasses.replace(demo.memory, ablation=None))
+    assert "AUROC without the memory and hearing the last level alone: not measured." in both
+
+
+def test_a_memory_that_is_not_measured_is_named(demo: ReportData) -> None:
+    text = Page(render_report(dataclasses.replace(demo, memory=MemoryHealth((), bottleneck_slots=6)))).text
+    assert "A memory of 6 slots behind the last encoder level: its use is not measured." in text
+    assert "Masked error" not in text
+
+
 def test_headline_numbers_are_the_inputs(demo: ReportData, html: str) -> None:
     page, evaluation = Page(html), demo.evaluation
     assert evaluation is not None
@@ -291,7 +325,7 @@ def test_absent_sections_say_so(demo: ReportData) -> None:
         "No labels: misses are not known.",
         "No groups",
         "No account of the ingest was given.",
-        "Not measured, or a model without memory.",
+        "Not measured, or a model with neither memory nor several levels.",
         "No training curve was given.",
     ):
         assert said in text
@@ -328,6 +362,8 @@ def test_findings_name_what_is_wrong(demo: ReportData) -> None:
     assert problems(memory=idle) == {"Memory is ignored", "Memory adds nothing measurable"}
     harmful = MemoryHealth(demo.memory.layers, Ablation(48, 48, 0.8, worse, unsure))
     assert problems(memory=harmful) == {"Memory harms", "Hearing all levels adds nothing measurable"}
+    levels_only = MemoryHealth((), Ablation(48, 48, 0.8, last_level_only=unsure), gates=(0.4, 0.6))
+    assert problems(memory=levels_only) == {"Hearing all levels adds nothing measurable"}
     assert problems(ingest=(IngestCount("stored", None, 9), IngestCount("quarantined", "x", 1))) == {
         "Many objects quarantined"
     }
@@ -407,3 +443,5 @@ def test_the_highest_flagged_are_explained():
     assert "broad residual 61%, residual of about 3 px 22% of the score" in page and "nearest normal patch 0.91" in page
     assert "<script>" not in page
     assert "No scan was flagged, or nothing is kept" in render_report(demo_report())
+    whole = render_report(dataclasses.replace(demo_report(), reasons=(dataclasses.replace(reason, shares=()),)))
+    assert "of the score;" not in whole  # a score without parts

@@ -91,6 +91,13 @@ def test_places_are_no_parameters(written, place):
         check(written(put("deployments", 0, "parameters", {"cohort": "cxr", place: "/data/doe"})))
 
 
+@pytest.mark.parametrize(("section", "key"), [("source", "uri"), ("source", "labels_file"), ("deid", "key_file")])
+def test_settings_that_name_a_place_are_no_parameters(written, section, key):
+    parameters = {"cohort": "cxr", "config": {section: {key: "/data/doe"}}}
+    with pytest.raises(UsageError, match=f"'{section}.{key}' would be shown"):
+        check(written(put("deployments", 0, "parameters", parameters)))
+
+
 def test_credentials_are_no_parameters(written):
     config = {"cohort": "cxr", "config": {"tracking": {"uri": "http://me:secret@host"}}}
     with pytest.raises(UsageError, match="user or password"):

@@ -86,6 +86,12 @@ def planned_rows(place: Path) -> list[dict]:
     return list(rows_of(planned.job, planned.new))
 
 
+def test_no_cursor_is_looked_for_where_a_source_has_none(place, monkeypatch):
+    monkeypatch.setattr("memmc.pipeline.ingest.last_cursor", lambda *_: pytest.fail("the log was read"))
+    assert ingest(settings(), "in", "c").stored == 3
+    assert plan(settings(), "in", "c", None, None, Silent()).known == 3
+
+
 def test_an_interrupt_commits_nothing_and_leaves_no_process(place):
     class Interrupted(Silent):
         def advance(self, done: float, detail: str = "") -> None:

@@ -5,19 +5,22 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_lake_erasure import bytes_of, instances, scores
+from lake_rows import label_rows
+from test_lake_erasure import NOW, bytes_of, instances, patient, scores
 from typer.testing import CliRunner
 
+from memmc.cli.erase import summary
 from memmc.cli.main import app
 from memmc.config import TrackingConfig
 from memmc.dicom.deidentify import key_id, keyed_patient, keyed_uid, load_key
-from memmc.errors import MemmcError
-from memmc.lake.schemas import CALIBRATIONS, INSTANCES, SCORES
+from memmc.errors import IntegrityError, MemmcError, ModelError, StorageError
+from memmc.lake.schemas import CALIBRATIONS, INSTANCES, LABELS, SCORES
 from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
 from memmc.lake.views import define, parse_rule
+from memmc.pipeline import erase as module
 from memmc.pipeline.vault import write_entries
-from memmc.registry.models import register
+from memmc.registry.models import ModelVersion, all_versions, register
 from memmc.registry.tracking import open_tracking
 
 ORIGINAL, STUDY = "4711-0815", "1.2.840.113619.2.1"
@@ -52,9 +55,24 @@ def lake(registry, tmp_path, monkeypatch):
             row["split"] = "train" if row["outcome"] == "stored" else "none"
     lake.append(INSTANCES, pa.Table.from_pylist(rows))
     lake.append(SCORES, scores(pa.Table.from_pylist(rows)))
-    lake.storage.write("reports/a-m-v1.html", b"<img>")
-    lake.storage.write("reports/b-m-v1.html", b"<img>")
+    write_reports(lake, "a-memmc-a-v1", "b-memmc-b-v1")
     return lake
+
+
+def write_reports(lake: Lake, *names: str) -> None:
+    for name in names:
+        lake.storage.write(f"reports/{name}.html", b"<img>")
+
+
+def calibrated(lake: Lake, digest: str) -> None:
+    """A calibration of a model on the held-out normals of cohort a, version 1."""
+    row = {"model_digest": digest, "model": "m/1", "cohort": "a", "dataset_version": 1, "calibration_id": "c"}
+    row |= {"preprocess_id": "x", "scorer": "x", "false_positive_rate": 0.1, "threshold": 0.1, "num_normals": 1}
+    lake.append(CALIBRATIONS, pa.Table.from_pylist([{**row, "created_at": NOW}]))
+
+
+def left_reports(lake: Lake) -> set[str]:
+    return {name.removeprefix("reports/").removesuffix(".html") for name in lake.storage.list("reports")}
 
 
 def erase(lake: Lake, *words: str, text: str = "") -> dict:
@@ -74,7 +92,8 @@ def test_a_patient_named_by_the_original(lake):
     assert plan["rows"] == done["rows"] == {"scores": 2, "instances": 3}
     assert done["models"] == plan["models"] == [{"model": "memmc-a/1", "use": "training"}]
     assert (done["waiting"], done["writers"], done["cohorts"]) == (0, 0, ["a"]) and done["files"] > 0
-    assert done["reports"] == ["reports/a-m-v1.html"] and lake.storage.list("reports") == ["reports/b-m-v1.html"]
+    assert done["reports"] == plan["reports"] == ["reports/a-memmc-a-v1.html"]
+    assert lake.storage.list("reports") == ["reports/b-memmc-b-v1.html"]
     record = json.loads(lake.storage.read(done["record"]))
     assert record["rows"] == done["rows"] and record["kind"] == "patient"
     key = load_key(str(lake.storage.local_path().parent / "key"))
@@ -83,6 +102,92 @@ def test_a_patient_named_by_the_original(lake):
         assert name.encode() not in left
     with pytest.raises(MemmcError, match="nothing of this patient"):
         erase(lake, "--patient", "-", text=f"{ORIGINAL}\n")
+
+
+def test_every_report_that_may_show_the_patient_goes_and_no_other(lake):
+    define(lake, "frontal", ("a",), parse_rule(["label=normal"]))
+    concerned = ["a-memmc-b-v2", "a-local-v0123456789abcdef", "frontal-memmc-b-v1"]
+    nearest_normals = ["b-memmc-a-v1", "b-memmc-a-v17", "b-memmc-frontal-v3"]
+    untold = ["b-local-v0123456789abcdef", "b", "b-m-v1"]
+    two_ways = ["a-memmc-x-memmc-b-v1", "monitor-memmc-a-v1"]  # a cohort and a model each, wherever they are cut
+    others = ["a-icu-memmc-b-v1", "frontal-2-memmc-b-v1", "a.b-memmc-a_b-v1", "b-memmc-a-icu-v1", "b-memmc-b-v1"]
+    monitoring = ["monitor-a", "monitor-b", "monitor-a-icu"]
+    write_reports(lake, *concerned, *nearest_normals, *untold, *two_ways, *others, *monitoring)
+    lake.storage.write("reports/monitor-a.png", b"\x89PNG")
+    done = erase(lake, "--patient", "-", text=ORIGINAL)
+    gone = [*concerned, *nearest_normals, *untold, *two_ways, "a-memmc-a-v1"]
+    assert done["reports"] == sorted(f"reports/{name}.html" for name in gone)
+    assert left_reports(lake) == {*others, *monitoring, "monitor-a.png"}
+
+
+def test_reports_of_a_model_that_was_calibrated_on_the_patient_go(lake, registry):
+    digests = {
+        version.ref: version.digest for version in all_versions(open_tracking(TrackingConfig(), registry / ".memmc"))
+    }
+    calibrated(lake, digests["memmc-z/1"])
+    write_reports(lake, "b-memmc-z-v1", "b-memmc-z-v2")
+    done = erase(lake, "--patient", patient(3))
+    assert done["models"] == [{"model": "memmc-z/1", "use": "calibration"}]
+    assert done["reports"] == ["reports/a-memmc-a-v1.html", "reports/b-memmc-z-v1.html"]
+    assert left_reports(lake) == {"b-memmc-b-v1", "b-memmc-z-v2"}
+
+
+@pytest.mark.parametrize("error", [ModelError, IntegrityError, StorageError, KeyError])
+def test_a_version_that_cannot_be_read_is_listed_and_stops_no_erasure(lake, monkeypatch, error):
+    def gone(*_arguments, **_more):
+        raise error("weights")
+
+    trained = {"cohort": "a", "dataset_version": "1"}
+    versions = [
+        ModelVersion("memmc-y", "1", digest="y"),
+        ModelVersion("memmc-x", "4", digest="x", tags={**trained, "dataset_version": "9"}),  # of another lake
+        ModelVersion("memmc-a", "2", digest="a", tags=trained),
+    ]
+    monkeypatch.setattr(module, "all_versions", lambda _: versions)
+    monkeypatch.setattr(module, "open_model", gone)
+    calibrated(lake, "y")
+    write_reports(lake, "b-memmc-y-v1", "b-memmc-x-v4")
+    unknown = {"model": "memmc-y/1", "use": "unknown: it cannot be read"}
+    done = erase(lake, "--patient", "-", text=ORIGINAL)
+    assert done["models"] == [unknown, {"model": "memmc-a/2", "use": "training"}]  # by their tags, unopened
+    assert left_reports(lake) == {"b-memmc-b-v1", "b-memmc-x-v4"}
+    # What a model was calibrated on is known without it.
+    calibration = {"model": "memmc-y/1", "use": "calibration"}
+    assert erase(lake, "--patient", patient(3))["models"] == [unknown, calibration]
+
+
+def test_what_a_model_learned_counts_by_the_labels_of_its_time(lake, monkeypatch):
+    """The patient's images were normals then; a reader has called them abnormal since."""
+    tags = {"cohort": "a", "dataset_version": "1"}
+    versions = [
+        ModelVersion("memmc-a", "3", tags={**tags, "pinned_labels": "-1"}),  # before the first label
+        ModelVersion("memmc-a", "4", tags=tags),  # the newest labels
+    ]
+    monkeypatch.setattr(module, "all_versions", lambda _: versions)
+    key = keyed_patient(load_key(str(lake.storage.local_path().parent / "key")), ORIGINAL)
+    uids = lake.read(INSTANCES, ["sop_instance_uid"], filter={"patient_key": key})["sop_instance_uid"].to_pylist()
+    lake.append(LABELS, label_rows([(uid, "abnormal", 1) for uid in uids]))
+    done = erase(lake, "--patient", "-", "--dry-run", text=ORIGINAL)
+    assert done["models"] == [{"model": "memmc-a/3", "use": "training"}]
+
+
+def test_the_summary_tells_models_that_met_the_images_from_those_that_cannot_be_read():
+    models = [{"model": "memmc-a/1", "use": "training"}, {"model": "memmc-y/1", "use": "unknown: it cannot be read"}]
+    counts = {"rows": {"instances": 1}, "files": 1, "waiting": 0, "writers": 0, "cohorts": ["a"], "reports": []}
+    lines = summary(module.EraseResult(erased=True, models=models, record="r", **counts)).splitlines()
+    assert lines[1] == "  memmc-a/1: training met these images; train and calibrate anew"
+    assert lines[2] == "  memmc-y/1: unknown: it cannot be read"
+
+
+def test_a_registry_that_cannot_be_reached_stops_the_erasure(lake, monkeypatch):
+    def unreachable(_):
+        raise StorageError("the tracking store cannot be read")
+
+    monkeypatch.setattr(module, "all_versions", unreachable)
+    before = lake.storage.list()
+    with pytest.raises(StorageError, match="tracking store"):
+        erase(lake, "--patient", "-", text=ORIGINAL)
+    assert lake.storage.list() == before
 
 
 def test_the_vault_forgets_too(lake):
@@ -105,21 +210,7 @@ def test_the_vault_forgets_too(lake):
 
 def test_a_study_by_its_pseudonym(lake):
     study = lake.read(INSTANCES, ["study_uid"], filter={"object_key": f"a{2:063x}"})["study_uid"][0].as_py()
-    model = {"model_digest": "no", "model": "gone/1", "cohort": "a", "dataset_version": 1, "calibration_id": "c"}
-    lake.append(
-        CALIBRATIONS,
-        pa.Table.from_pylist(
-            [
-                {
-                    **model,
-                    **dict.fromkeys(("preprocess_id", "scorer"), "x"),
-                    **dict.fromkeys(("false_positive_rate", "threshold"), 0.1),
-                    "num_normals": 1,
-                    "created_at": lake.read(INSTANCES, ["ingested_at"])["ingested_at"][0].as_py(),
-                }
-            ]
-        ),
-    )
+    calibrated(lake, "no")
     done = erase(lake, "--study", study)
     assert done["rows"]["instances"] == 3 and done["models"] == [{"model": "memmc-a/1", "use": "training"}]
     assert study.encode() not in bytes_of(lake)

@@ -11,10 +11,11 @@ from test_lake_erasure import bytes_of, instances, patient
 
 from memmc.config import load_config
 from memmc.lake import tables
+from memmc.lake.commit import LostTurnError
 from memmc.lake.erasure import TURN
 from memmc.lake.schemas import INSTANCES, SCORES
 from memmc.lake.shards import ShardFile, write_shard
-from memmc.lake.tables import Lake, LostTurnError
+from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease
 from memmc.pipeline import erase as module
 from memmc.pipeline.erase import erase

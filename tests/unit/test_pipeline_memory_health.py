@@ -1,18 +1,24 @@
-"""What is lost in AUROC with memory or levels shut off."""
+"""What is lost in AUROC with memory or levels shut off, and what a report says of models without one of them."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
+import judged_lake
 import numpy as np
+import pytest
 import scored_model
 import torch
 
-from memmc.config import ScoreConfig
-from memmc.evaluation.report_data import Ablation
+from memmc.config import Config, ScoreConfig
+from memmc.evaluation.report_data import Ablation, MemoryHealth
+from memmc.lake.schemas import INSTANCES
+from memmc.lake.tables import Lake
 from memmc.model.artifact import LoadedModel
 from memmc.model.mae import MemMCMAE
-from memmc.pipeline.memory_health import Sample, ablate, sample
+from memmc.pipeline.memory_health import Sample, ablate, memory_health, sample
 
 SCORE = ScoreConfig(components=4, grid=2)
 NUM = 24
@@ -84,3 +90,52 @@ def test_the_sample_is_the_same_whatever_the_order_and_empty_without_both_labels
     assert sample(rows[::-1], 4) == chosen
     assert sample([row for row in rows if row["label"] == "normal"], 4) == []
     assert sample(rows, 0) == []
+
+
+@pytest.fixture(scope="module")
+def lake_config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return judged_lake.stored(tmp_path_factory.mktemp("lake"))
+
+
+def health_of(config: Config, folder: Path, **fields: Any) -> MemoryHealth | None:
+    """What is measured of a model where nothing is labelled abnormal."""
+    return memory_health(config, Lake(config.lake.uri), judged_lake.opened(config, folder, **fields), "cxr", ())
+
+
+def test_levels_are_measured_without_a_memory(tmp_path: Path) -> None:
+    settings = ("score.scorer=l1", "evaluate.bootstrap=50", "evaluate.ablation_images=8")
+    config, model = judged_lake.judged(tmp_path, *settings, memory_slots=0)
+    lake = Lake(config.lake.uri)
+    where = {"cohort": "cxr", "outcome": "stored", "split": "test"}
+    rows = lake.read(INSTANCES, ["sop_instance_uid", "patient_key"], filter=where).to_pylist()
+    labelled = [{**row, "label": "abnormal" if number % 2 else "normal"} for number, row in enumerate(rows)]
+    found = memory_health(config, lake, model, "cxr", labelled)
+    assert found is not None
+    assert (found.layers, found.error_without_memory, found.bottleneck_slots) == ((), None, 0)
+    assert len(found.gates) == 2
+    assert found.error is not None and found.error > 0
+    assert found.error_last_level_only is not None
+    assert found.error_last_level_only != found.error
+    assert found.ablation is not None
+    assert found.ablation.without_memory is None
+    assert found.ablation.last_level_only is not None
+
+
+def test_a_memory_is_measured_without_further_levels(lake_config: Config, tmp_path: Path) -> None:
+    found = health_of(lake_config, tmp_path / "m", levels="last")
+    assert found is not None
+    assert (len(found.layers), found.gates, found.error_last_level_only) == (2, (), None)
+    assert found.error_without_memory is not None
+    whole = health_of(lake_config, tmp_path / "w")
+    assert whole is not None
+    assert (len(whole.layers), len(whole.gates)) == (2, 2)
+    assert None not in (whole.error, whole.error_without_memory, whole.error_last_level_only)
+
+
+@pytest.mark.parametrize("fields", [{"levels": "last"}, {"cross_attention": False}])
+def test_nothing_is_measured_with_neither_but_another_memory_is_named(
+    lake_config: Config, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    assert health_of(lake_config, tmp_path / "m", memory_slots=0, **fields) is None
+    named = health_of(lake_config, tmp_path / "b", memory_slots=0, bottleneck_slots=6, **fields)
+    assert named == MemoryHealth((), bottleneck_slots=6)

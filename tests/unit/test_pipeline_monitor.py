@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file, save_file
 from watched_lake import batch, later, make, score
@@ -165,6 +166,53 @@ def test_golden_scores_that_moved_are_an_alarm(site):
     assert found.moved
     assert found.largest == pytest.approx(0.01, rel=0.2)
     assert names(monitor(config, "cxr", model, since="2026-01-12", now=later(1))) == {"golden_set"}
+
+
+def test_a_damaged_shard_is_an_alarm_and_the_other_checks_still_run(site):
+    config, model = site
+    lake = Lake(config.lake.uri)
+    (held_out,) = lake.files(INSTANCES, None, {"outcome": "stored", "split": "test"})
+    since = week(config, model)
+    change_pixels(lake.storage.local_path(held_out.path))
+    result = monitor(config, "cxr", model, since=since, now=later(8))
+    assert (result.calm, names(result), result.skipped) == (False, {"damaged_data"}, [])
+    (alarm,) = result.alarms
+    assert alarm["found"].count(held_out.path) == 2
+    assert "golden set: shard" in alarm["found"] and "drift: shard" in alarm["found"]
+    assert (result.golden, result.drift) == (None, None)
+    assert result.canaries["tested"]  # of the week's own scans
+    assert [row["alarm"] for row in recorded(lake, "cxr", "watch")] == ["damaged_data"]
+    assert b"damaged_data" in lake.storage.read("reports/monitor-cxr.html")
+
+
+def change_pixels(shard):
+    """Change one bit of a shard's pixels, and of no other column."""
+    group = pq.read_metadata(shard).row_group(0)
+    columns = [group.column(index) for index in range(group.num_columns)]
+    (pixels,) = (column for column in columns if column.path_in_schema == "pixels")
+    changed = bytearray(shard.read_bytes())
+    changed[pixels.data_page_offset + pixels.total_compressed_size // 2] ^= 1
+    shard.write_bytes(changed)
+
+
+def test_pixels_prepared_otherwise_are_an_alarm(site):
+    config, model = site
+    rows = batch(9, 30, later(7))
+    index = rows.column_names.index("preprocess_id")
+    Lake(config.lake.uri).append(INSTANCES, rows.set_column(index, "preprocess_id", pa.array(["q"] * 30)))
+    result = monitor(config, "cxr", model, now=later(7.5))
+    assert (result.calm, names(result), result.skipped) == (False, {"preprocess_mismatch"}, [])
+    (alarm,) = result.alarms
+    assert "canaries: model" in alarm["found"] and "drift: model" in alarm["found"]
+    assert result.golden["num_scans"] == 20
+
+
+def test_a_check_that_lacks_what_it_needs_is_no_alarm(site):
+    config, model = site
+    shutil.rmtree("lake/calibrations")
+    result = monitor(config, "cxr", model, now=later(1))
+    assert (result.calm, result.alarms) == (True, [])
+    assert [text.partition(":")[0] for text in result.skipped] == ["golden set", "canaries", "drift"]
 
 
 def test_a_source_that_stopped_is_an_alarm(site):

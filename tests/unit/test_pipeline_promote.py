@@ -13,7 +13,8 @@ from memmc.cli.promoting import end
 from memmc.config import Config, PromoteConfig, load_config
 from memmc.errors import DataError, GateRefused, UsageError
 from memmc.evaluation.gates import Gate
-from memmc.lake.tables import Lake, LostTurnError
+from memmc.lake.commit import LostTurnError
+from memmc.lake.tables import Lake
 from memmc.pipeline.decisions import Decision, read, record, take_turn
 from memmc.pipeline.promote import check_approver, decline, verdict
 

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from memmc.config import load_config
+from memmc.lake.audit import HEAD
 from memmc.pipeline.retention import expire_checkpoints
 
 DAY_S = 86400.0
@@ -46,6 +47,8 @@ def test_old_runs_go_and_others_stay(lake):
     assert len(kept(lake)) == 4
     done = expire_checkpoints(config, dry_run=False)
     assert (done.runs, done.files) == (planned.runs, 3 + 4)
+    (record,) = [json.loads(path.read_text()) for path in lake.glob("_audit/*") if path != lake / HEAD]
+    assert (record["action"], record["subject"]) == ("lake-expire", {"runs": 2, "files": 7, "days": 30})
     assert kept(lake) == {"train-cxr-new", "train-cxr-taken-over"}
     assert not list(lake.glob("training/records/cxr/train-cxr-old/*"))
     assert (lake / "instances" / "shard.parquet").exists()

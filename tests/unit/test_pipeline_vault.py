@@ -12,26 +12,32 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from dicom_instances import dataset, encoded, policy, texture
+from dicom_instances import KEY, dataset, encoded, policy, texture
 from typer.testing import CliRunner, Result
 
 from memmc.cli.main import app
 from memmc.config import load_config
 from memmc.dicom.convert import convert
+from memmc.dicom.deidentify import content_key
 from memmc.dicom.read import read_instance
 from memmc.dicom.sandbox import Sandbox, _checked_seal  # pyright: ignore[reportPrivateUsage]
 from memmc.dicom.vault import open_originals, seal_originals
 from memmc.errors import ConfigError, IdentityKeyError, UsageError
 from memmc.lake.audit_check import verify_chain
+from memmc.lake.erasure import erase_rows, find_subject
 from memmc.lake.shards import read_shard
 from memmc.lake.storage import Storage
+from memmc.lake.tables import Lake
 from memmc.phi.planes import local_items
 from memmc.phi.scan import Scan
 from memmc.pipeline.convert_chunk import IngestJob, convert_objects
+from memmc.pipeline.ingest import ingest
 from memmc.pipeline.labels import StatedLabels
+from memmc.pipeline.settle import turn_name
 from memmc.pipeline.vault import forget, make_keys, read_private_key, read_public_key, vault_of
 from memmc.sources.open import open_source
 
+SETTINGS = ("deid.text=class", "lake.uri=lake", "deid.vault_uri=vault", "deid.vault_public_key_file=public.pem")
 PRIVATE = X25519PrivateKey.generate()
 PUBLIC = PRIVATE.public_key().public_bytes_raw()
 IDENTIFIERS = {"AccessionNumber": "ACC7QUOXX", "PatientID": "MRN7QUOXX", "PatientName": "QUOXX^ANNE"}
@@ -102,10 +108,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def ingested(root: Path, *overrides: str, started: datetime = datetime(2026, 1, 1, tzinfo=UTC)) -> list[str]:
+def ingested(
+    root: Path,
+    *overrides: str,
+    started: datetime = datetime(2026, 1, 1, tzinfo=UTC),
+    erased: frozenset[str] = frozenset(),
+) -> list[str]:
     """Do the work of one ingest task; return the pseudonyms of the stored rows."""
-    settings = ["deid.text=class", "lake.uri=lake", "deid.vault_uri=vault", "deid.vault_public_key_file=public.pem"]
-    config = load_config(overrides=[*settings, *overrides])
+    config = load_config(overrides=[*SETTINGS, *overrides])
     found = vault_of(config)
     assert found is not None
     vault, public = found
@@ -121,6 +131,7 @@ def ingested(root: Path, *overrides: str, started: datetime = datetime(2026, 1, 
         preprocess_id=config.preprocess_id,
         started=started,
         vault=vault,
+        erased=erased,
     )
     shards = convert_objects(job, source.listing(None, lambda _item: True).objects)
     rows = [row for shard in shards for row in read_shard(job.storage, shard.file.path).to_pylist()]
@@ -191,6 +202,27 @@ def test_a_patient_is_forgotten(here: Path) -> None:
     assert (done.exit_code, json.loads(done.stdout)["missing"]) == (1, [uid])
     tables = [pq.read_table(path) for path in (here / "vault" / "entries").iterdir()]
     assert sum(table.num_rows for table in tables) == 1
+
+
+def test_what_is_erased_is_sealed_no_more_and_the_others_are(here: Path) -> None:
+    other = encoded(dataset(SOPInstanceUID="1.2.3.9", PatientID="OTHER"))
+    (here / "in" / "b.dcm").write_bytes(other)
+    ingested(here, erased=frozenset({content_key(KEY, OBJECT)}))
+    (entries,) = [pq.read_table(path) for path in (here / "vault" / "entries").iterdir()]
+    assert entries["patient_key"].to_pylist() == [convert(other, policy()).attributes["patient_key"]]
+
+
+def test_a_copy_of_an_erased_object_does_not_come_back_into_the_vault(here: Path) -> None:
+    config = load_config(overrides=SETTINGS)
+    assert ingest(config, "in", "c").stored == 1
+    lake, vault = Lake("lake"), Storage.open("vault")
+    patient = lake.read("instances", ["patient_key"])["patient_key"][0].as_py()
+    assert forget(config, "patient_key", patient) == 1
+    erase_rows(lake, "instances", find_subject(lake, "patient_key", patient, None), "erase", turn_name)
+    (here / "in" / "copy.dcm").write_bytes(OBJECT)
+    again = ingest(config, "in", "c")
+    assert (again.stored, again.reasons) == (0, {"already_ingested": 1, "erased": 1})
+    assert vault.list("entries") == []
 
 
 def test_another_key_opens_nothing(here: Path) -> None:

@@ -5,17 +5,26 @@ from __future__ import annotations
 import io
 import json
 
+import judged_lake
 import numpy as np
+import pyarrow as pa
 import pytest
 import scored_model
+import torch
 from PIL import Image
+from watched_lake import later
 
 from memmc.evaluation.why_figure import surroundings, why_png
 from memmc.lake.erasure import is_of_patients
-from memmc.lake.schemas import CALIBRATIONS, PATCHES
+from memmc.lake.schemas import CALIBRATIONS, PATCHES, SCHEMAS, SCORES
+from memmc.lake.tables import Lake
 from memmc.pipeline.maps import framed, read_uids
 from memmc.pipeline.patch_index import PatchIndex, position
-from memmc.pipeline.why import place_of
+from memmc.pipeline.progress import Silent
+from memmc.pipeline.select import score_rows
+from memmc.pipeline.why import Explainer, place_of
+from memmc.scoring.masks import random_mask_ids, reconstruct_pasted
+from memmc.scoring.scorer import PastedScorer
 
 
 def test_a_region_covers_the_patches_its_box_touches():
@@ -114,3 +123,46 @@ def test_uids_are_read_one_a_line(tmp_path):
         read_uids(tmp_path / "u")
     with pytest.raises(UsageError, match="one UID a line"):
         read_uids(tmp_path / "absent")
+
+
+def test_the_papers_score_is_explained_by_the_passes_it_judged(tmp_path):
+    config, model = judged_lake.judged(tmp_path, "score.scorer=pasted_ms_ssim", "score.passes=10")
+    lake = Lake(config.lake.uri)
+    explainer = Explainer.open(config, lake, model, Silent())
+    uid = min(score_rows(lake, "cxr", model, "c"))
+    found = explainer.explain("cxr", uid)
+    loaded = explainer.loaded
+    mean, std = loaded.info.pixel_mean, loaded.info.pixel_std
+    images = torch.from_numpy(found.image_HWC[None]).permute(0, 3, 1, 2).contiguous()
+    ids = random_mask_ids(loaded.digest, [uid], loaded.model.num_patches, loaded.model.num_keep, 10)
+    passes = reconstruct_pasted(loaded.model, (images - mean) / std, ids).rescale(mean, std)
+    np.testing.assert_allclose(found.expected_HW, passes.mean_BCHW[0, 0].numpy(), atol=1e-6)
+    score = PastedScorer().score(images, passes).anomaly_score_B[0]
+    assert found.result.anomaly_score == pytest.approx(score, abs=1e-4)
+    assert found.result.scales == []
+    # Random masks may never show the place; the complementary ones that slots and likeness are taken from do.
+    assert len(found.result.memory) == len(found.result.nearest) == 5
+    assert all(0 < use["attention"] < 1 for use in found.result.memory)
+    assert explainer.picture(found).startswith(b"\x89PNG")
+
+
+def test_an_image_that_stopped_early_is_explained_by_passes_that_show_every_patch(tmp_path):
+    config, model = judged_lake.judged(tmp_path)
+    lake = Lake(config.lake.uri)
+    explainer = Explainer.open(config, lake, model, Silent())
+    uids = sorted(score_rows(lake, "cxr", model, "c"))[:6]
+    whole = [explainer.explain("cxr", uid) for uid in uids]
+    rows = lake.read(SCORES, SCHEMAS[SCORES].names, filter={"cohort": "cxr", "sop_instance_uid": uids})
+    for name, value in (("passes_used", 2), ("scored_at", later(1))):
+        field = SCHEMAS[SCORES].field(name)
+        column = pa.array([value] * rows.num_rows, field.type)
+        rows = rows.set_column(rows.column_names.index(name), field, column)
+    lake.append(SCORES, rows)
+    for before in whole:
+        after = explainer.explain("cxr", before.result.sop_instance_uid)
+        assert not np.array_equal(after.expected_HW, before.expected_HW)  # of the two passes alone
+        # Two of four passes leave half of the patches unseen: those have no tokens that attend, and no likeness.
+        for found, wanted in zip(after.result.memory, before.result.memory, strict=True):
+            assert found == pytest.approx(wanted)
+        places = [[(item["sop_instance_uid"], item["row"]) for item in one.result.nearest] for one in (after, before)]
+        assert places[0] == places[1]

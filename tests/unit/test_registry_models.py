@@ -10,7 +10,7 @@ from memmc.config import TrackingConfig
 from memmc.errors import ConfigError, IntegrityError, ModelError, StorageError
 from memmc.model.artifact import load_model
 from memmc.model.digest import model_digest
-from memmc.registry.models import CHAMPION, all_versions, download, register, resolve
+from memmc.registry.models import CHAMPION, all_versions, download, register, registered_before, resolve
 from memmc.registry.tracking import open_tracking
 
 
@@ -67,10 +67,38 @@ def test_every_form_of_reference(tracking, tmp_path):
     for form in ("memmc-cxr", "models:/memmc-cxr@champion", "memmc-cxr@champion", None):
         assert resolve(tracking, form).ref == one.ref
     tracking.client.set_registered_model_alias("memmc-hand", CHAMPION, "1")
-    assert resolve(tracking).ref == other.ref  # two champions: newest of all
+    with pytest.raises(ModelError, match="2 models have a champion and no cohort was named: memmc-cxr/1, memmc-hand/1"):
+        resolve(tracking)
     local = resolve(tracking, str(tmp_path / "hand-33"))
     assert local.ref == f"local/{other.digest}"
     assert download(tracking, local) == tmp_path / "hand-33"
+
+
+def test_a_cohort_is_scored_with_its_own_champion(tracking, tmp_path):
+    one, two = registered(tracking, tmp_path, "cxr", b"1"), registered(tracking, tmp_path, "cxr", b"2")
+    other = registered(tracking, tmp_path, "hand", b"3")
+    # Before the first champion: the newest of the cohort's own model, of all where it has none.
+    assert [resolve(tracking, cohort=cohort).ref for cohort in ("cxr", "other")] == [two.ref, other.ref]
+    tracking.client.set_registered_model_alias("memmc-cxr", CHAMPION, "1")
+    assert {resolve(tracking, cohort=cohort).ref for cohort in ("cxr", "hand", "other")} == {one.ref}
+    tracking.client.set_registered_model_alias("memmc-hand", CHAMPION, "1")
+    assert [resolve(tracking, cohort=cohort).ref for cohort in ("cxr", "hand")] == [one.ref, other.ref]
+    with pytest.raises(ModelError, match="none is of cohort 'other': memmc-cxr/1, memmc-hand/1; name a model"):
+        resolve(tracking, cohort="other")
+
+
+def test_a_version_is_found_by_the_run_and_the_weights_it_was_made_of(tracking, tmp_path):
+    one, two = registered(tracking, tmp_path, "cxr", b"1"), registered(tracking, tmp_path, "cxr", b"2")
+    again = model_folder(tmp_path / "again", b"1")
+    (again / "model.json").write_text(json.dumps({"format": 1, "train_seconds": 9.5}))
+    assert registered_before(tracking, two.run_id, again, "memmc-cxr") is None
+    assert registered_before(tracking, one.run_id, again, "memmc-hand") is None
+    assert registered_before(tracking, one.run_id, model_folder(tmp_path / "other", b"3"), "memmc-cxr") is None
+    assert resolve(tracking, "memmc-cxr@challenger").ref == two.ref
+    found = registered_before(tracking, one.run_id, again, "memmc-cxr")
+    assert (found.ref, found.digest) == (one.ref, one.digest)
+    assert resolve(tracking, "memmc-cxr@challenger").ref == one.ref
+    assert len(all_versions(tracking)) == 2
 
 
 @pytest.mark.parametrize("form", ["nothing", "memmc-cxr/7", "memmc-cxr@champion", "a'b/1", "models:/m-1/2/3", ""])

@@ -208,3 +208,11 @@ def test_the_scorer_names_its_masks() -> None:
     ours = predict("residual_statistics", model, "model", ["a"], images, 4)
     assert hasattr(paper, "pasted_PBCHW") and not hasattr(ours, "pasted_PBCHW")
     assert (ours.count_BL == 3).all() and paper.count_BL.max() <= 10
+
+
+def test_an_image_stopped_early_has_the_first_of_its_passes() -> None:
+    model, images = StandIn(), torch.rand(1, 1, 64, 64)
+    stopped = predict("residual_statistics", model, "model", ["a"], images, 4, 2)
+    ids = mask_ids("model", ["a"], 64, 16, 4)[:, :2]
+    torch.testing.assert_close(stopped.mean_BCHW, reconstruct(model, images, ids).mean_BCHW)
+    assert set(stopped.count_BL.flatten().tolist()) == {1, 2}

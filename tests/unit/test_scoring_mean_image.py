@@ -7,7 +7,7 @@ import torch
 from memmc.config import ScoreConfig
 from memmc.errors import DataError
 from memmc.evaluation.metrics import auroc
-from memmc.scoring.mean_image import MeanImage, mean_image_scores
+from memmc.scoring.mean_image import FittedMeanImage, MeanImage
 from memmc.scoring.scorer import Features, make_scorer
 
 SCORE = ScoreConfig(grid=4, components=8)
@@ -24,7 +24,7 @@ def test_a_lesion_is_found_without_a_model():
     rng = np.random.default_rng(0)
     test = normals(rng, 60)
     test[:30, 6:12, 6:12] += 0.15
-    scores = mean_image_scores(SCORE, normals(rng, 100), normals(rng, 120), test)
+    scores = FittedMeanImage.fit(SCORE, normals(rng, 100), normals(rng, 120)).scores(test)
     assert auroc(np.arange(60) < 30, scores) > 0.95
 
 
@@ -42,10 +42,13 @@ def test_it_is_the_default_score_around_the_mean_image():
     # Whichever scorer the model uses: the control is the same.
     for scorer in ("residual_statistics", "pasted_ms_ssim"):
         config = SCORE.model_copy(update={"scorer": scorer})
-        np.testing.assert_allclose(mean_image_scores(config, train, held, test), expected, rtol=1e-6)
+        fitted = FittedMeanImage.fit(config, train, held)
+        np.testing.assert_allclose(fitted.scores(test), expected, rtol=1e-6)
+        parts = [fitted.scores(test[start : start + 9]) for start in range(0, len(test), 9)]
+        np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-4)
 
 
 def test_too_few_held_out_normals_are_refused():
     images = normals(np.random.default_rng(2), 9)
     with pytest.raises(DataError, match="expected at least 10"):
-        mean_image_scores(SCORE, images, images, images)
+        FittedMeanImage.fit(SCORE, images, images)

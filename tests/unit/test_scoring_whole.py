@@ -10,11 +10,11 @@ import pytest
 import scored_model
 import torch
 
-from memmc.config import ScorerName
+from memmc.config import ScoreConfig, ScorerName
 from memmc.errors import DataError, GateRefused
 from memmc.scoring.exported import Calibrated, Scores, compare, ids_for, lake_scores, require_parity
 from memmc.scoring.scorer import make_scorer
-from memmc.scoring.whole import WholeScorer
+from memmc.scoring.whole import WholeScorer, head_of
 
 
 def whole_scores(loaded, judged: Calibrated, stored: np.ndarray, ids: np.ndarray, bits: int) -> Scores:
@@ -72,8 +72,14 @@ def test_a_visible_patchs_prediction_cannot_reach_the_score() -> None:
     np.testing.assert_array_equal(after.anomaly_score_B, before.anomaly_score_B)
 
 
-def test_a_scorer_without_a_fit_has_no_exportable_form() -> None:
-    from memmc.config import ScoreConfig
+def test_the_papers_score_has_no_exportable_form() -> None:
+    paper = make_scorer(ScoreConfig(scorer="pasted_ms_ssim", passes=10))
+    assert head_of(paper) is None
+    with pytest.raises(DataError, match=r"no exportable form; calibrate with another score\.scorer"):
+        WholeScorer(scored_model.model(), paper, (1.0,), 1.0, 16)
+    assert head_of(make_scorer(ScoreConfig(scorer="ms_ssim"))) is not None
 
+
+def test_a_scorer_without_a_fit_has_no_exportable_form() -> None:
     with pytest.raises(DataError, match="not fitted"):
         WholeScorer(scored_model.model(), make_scorer(ScoreConfig()), (1.0,), 1.0, 16)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import threading
 
 import pytest
 from hypothesis import given
@@ -98,6 +99,31 @@ def test_all_pages_are_listed(web, counts, most):
     listing = source(web).listing(None, everything)
     assert paths(listing) == expected(web.studies)
     assert (listing.whole, listing.pending, listing.cursor) == (True, 0, None)
+
+
+def test_studies_are_asked_for_side_by_side_in_their_order_and_told(web):
+    web.studies = {str(number): 2 for number in range(12)}
+    four = threading.Barrier(4)
+
+    def together(path, query):
+        if path.endswith("/instances"):
+            four.wait(10)
+        return web.routes(path, query)
+
+    web.site.routes = together
+    told: list[tuple[int, str]] = []
+    listing = source(web).listing(None, everything, lambda done, note: told.append((done, note)))
+    assert paths(listing) == expected(web.studies)
+    assert told == [(number, f"{number} of 12 studies") for number in range(1, 13)]
+
+
+def test_a_study_that_is_refused_ends_the_listing(web):
+    web.studies = {str(number): 2 for number in range(12)}
+    web.site.faults["/web/studies/1.2.5/instances"] = [403]
+    told: list[int] = []
+    with pytest.raises(StorageError, match="STORE_AUTH"):
+        source(web).listing(None, everything, lambda done, _note: told.append(done))
+    assert told == [1, 2, 3, 4, 5]
 
 
 def test_a_server_that_ignores_offset_is_refused_before_anything_is_missed(web):

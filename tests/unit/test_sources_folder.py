@@ -13,6 +13,7 @@ from memmc.dicom.read import read_instance
 from memmc.dicom.reasons import Rejected
 from memmc.errors import UsageError
 from memmc.sources import folder_s3
+from memmc.sources import open as opening
 from memmc.sources.folder_s3 import fetch, list_objects
 from memmc.sources.objects import FetchFailed, SourceObject
 from memmc.sources.open import open_source
@@ -203,6 +204,17 @@ def test_devices_are_never_read(device, tmp_path):
     (tmp_path / "link.dcm").symlink_to(device)
     (link,) = list_objects(str(tmp_path))
     assert link.problem == "FILE_SYMLINK"
+
+
+def test_the_number_of_listed_objects_is_told_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(opening, "TOLD_EVERY", 2)
+    for number in range(5):
+        put(tmp_path, str(number))
+    told: list[tuple[int, str]] = []
+    place = open_source(str(tmp_path), SourceConfig(), {})
+    listing = place.listing(None, lambda _: True, lambda done, note: told.append((done, note)))
+    assert [obj.path for obj in listing.objects] == ["0", "1", "2", "3", "4"]
+    assert told == [(2, "2 objects"), (4, "4 objects")]
 
 
 def test_a_zip_file_in_a_folder_is_one_object_for_the_reader_to_refuse(tmp_path):

@@ -1,5 +1,6 @@
 """The Orthanc client and the HTTP below it, against what a server does rarely."""
 
+import dataclasses
 import logging
 import pickle
 
@@ -105,6 +106,28 @@ def test_a_study_in_which_something_still_arrives_is_left_for_later(archive):
     archive.wait(2)
     listing = source(archive).listing(fill_later.cursor, everything)
     assert (numbers(listing), listing.pending) == ([2, 3], 0)
+
+
+def test_what_a_cursor_names_is_listed_again(archive):
+    fill(archive, *range(4))
+    cursor = source(archive).listing(None, everything).cursor
+    fill(archive, 4)
+    gone = name("instances", 9)
+    named = dataclasses.replace(cursor, again=(name("instances", 1), gone))
+    listing = source(archive).listing(named, everything)
+    assert numbers(listing) == [1, 4] and not listing.whole
+    assert listing.cursor not in (None, named) and listing.cursor.again == ()
+    assert numbers(source(archive).listing(listing.cursor, everything)) == []
+    archive.receive(0, b"sent again")  # of the study of 1, which is not complete now
+    waiting = source(archive).listing(named, everything)
+    assert (numbers(waiting), waiting.pending, waiting.cursor) == ([4], 2, named)
+
+
+def test_the_number_of_listed_instances_is_told(archive):
+    fill(archive, *range(5))
+    told: list[tuple[int, str]] = []
+    source(archive).listing(None, everything, lambda done, note: told.append((done, note)))
+    assert told == [(number, f"{number} of 5 instances") for number in range(1, 6)]
 
 
 def test_what_is_accounted_for_is_not_pending(archive):

@@ -12,8 +12,9 @@ import torch
 
 from memmc.config import ModelConfig, TrainConfig
 from memmc.errors import DivergedError, TrainingError
-from memmc.model.mae import MemMCMAE
-from memmc.training import loop
+from memmc.model.mae import MAEOutput, MemMCMAE
+from memmc.training import loop, pace
+from memmc.training.checkpoint import RunState
 from memmc.training.feed import Batch, Feed
 from memmc.training.loop import TrainOutcome, step_seed, train
 from memmc.training.order import Position
@@ -204,7 +205,7 @@ def test_time_ends_the_run_and_the_schedule(monkeypatch: pytest.MonkeyPatch) -> 
                 Time.now += 0.5
                 yield batch
 
-    monkeypatch.setattr(loop, "time", Time)
+    monkeypatch.setattr(pace, "time", Time)
     logged: list[dict] = []
     config = CONFIG.model_copy(update={"max_minutes": 0.5, "max_steps": 10_000})
     _, outcome = run(config, Slow(), on_log=logged.append)
@@ -253,6 +254,63 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step() -> None:
         train(model, Images(), CONFIG, **STATS, on_log=poison)
     order = np.random.default_rng(2).permutation(len(IMAGES))[:16]
     assert ", ".join(f"2.25.{row}" for row in order) in str(raised.value)
+
+
+def test_of_several_batches_of_a_step_the_one_that_broke_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third batch of four; the images of the others are not to blame."""
+    forward, calls = MemMCMAE.forward, []
+
+    def third_is_nan(self: MemMCMAE, *inputs: torch.Tensor) -> MAEOutput:
+        calls.append(1)
+        output = forward(self, *inputs)
+        return output._replace(loss=output.loss * math.nan) if len(calls) == 3 else output
+
+    monkeypatch.setattr(MemMCMAE, "forward", third_is_nan)
+    with pytest.raises(DivergedError, match=r"step 0 \(epoch 0\)") as raised:
+        run(CONFIG.model_copy(update={"accumulate": 4}))
+    order = np.random.default_rng(0).permutation(len(IMAGES))
+    assert ", ".join(f"2.25.{row}" for row in order[32:48]) + "." in str(raised.value)
+    assert not any(f"2.25.{row}," in str(raised.value) for row in order[:32])
+
+
+def test_time_spent_on_a_checkpoint_is_not_read_as_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes one second, a checkpoint ten, in a run of 60 s; the rate follows the time that is left."""
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    saved: list[dict] = []
+    progress: list[float] = []
+
+    def step() -> None:
+        now[0] += 1.0
+
+    def save(write: loop.Save, metrics: loop.Metrics) -> None:
+        saved.append({"at": now[0], **metrics})
+        now[0] += 10.0
+        write(tmp_path / "checkpoint")
+
+    rate = loop.learning_rate
+    monkeypatch.setattr(
+        loop, "learning_rate", lambda share, *rest: (progress.append(share * 60.0), rate(share, *rest))[1]
+    )
+    config = CONFIG.model_copy(update={"max_minutes": 1.0, "max_steps": 10_000, "checkpoint_seconds": 20.0})
+    run(config, on_step=step, on_checkpoint=save)
+    assert len(saved) >= 2
+    steps = np.diff(progress)
+    assert steps.max() == pytest.approx(11.0, abs=0.1), "a checkpoint counts once, when it is made"
+    assert sorted(steps)[-3] == pytest.approx(1.0, abs=0.1), "and not again in the steps behind it"
+
+
+def test_a_run_that_time_has_ended_stays_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end is foreseen from the pace, a little early; what is kept of it lies beyond the bound."""
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    config = CONFIG.model_copy(update={"max_minutes": 1.0, "max_steps": 100})
+    clock = pace.Clock(config, Alone(), RunState(0, Position(0, ((0, 1),)), 0.0, 0))
+    now[0] = 50.0
+    clock.agree(10)
+    assert (clock.progress(11), clock.final_s(11)) == (55.0 / 60.0, 50.0)
+    assert (clock.progress(12), clock.final_s(12)) == (1.0, 60.0)
+    assert clock.final_s(100) == 50.0
 
 
 def test_epochs_without_batches_and_odd_shapes_are_refused() -> None:

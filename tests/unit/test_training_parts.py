@@ -166,6 +166,24 @@ def test_a_flipped_bit_is_noticed_and_changes_nothing(tmp_path: Path, name: str)
     assert not optimizer.state
 
 
+def test_a_checkpoint_is_of_its_model_whatever_memory_it_takes_and_whatever_settings_came_later(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, collect(*stepped()), STATE)
+    document = json.loads((tmp_path / "state.json").read_text())
+    assert document["model"]["config"].pop("bottleneck_slots") == 0
+    (tmp_path / "state.json").write_text(json.dumps(document))
+    torch.manual_seed(1)
+    lean = MemMCMAE(MODEL.model_copy(update={"recompute": True}), 32)
+    average, optimizer = WeightAverage(lean, 0.9), make_optimizer(lean, TrainConfig())
+    assert load_checkpoint(tmp_path, lean, average, optimizer) == (STATE, {})
+    save_checkpoint(tmp_path, collect(lean, average, optimizer), STATE)
+    assert load_checkpoint(tmp_path, *build()) == (STATE, {})
+    for odd in ({"of_a_later_version": 1}, {"bottleneck_slots": 2}):
+        config = {**document["model"]["config"], **odd}
+        (tmp_path / "state.json").write_text(json.dumps({**document, "model": {**document["model"], "config": config}}))
+        with pytest.raises(ModelError, match="another model configuration"):
+            load_checkpoint(tmp_path, *build())
+
+
 def test_unfinished_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"without a readable state\.json"):
         load_checkpoint(tmp_path, *build())
