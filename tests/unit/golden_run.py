@@ -21,7 +21,7 @@ from memmc.training.optim import learning_rate, make_optimizer, set_learning_rat
 FILE = Path(__file__).parents[1] / "golden" / "loss_curve.json"
 STEPS, BATCH, SIDE = 30, 8, 32
 VARIANTS = {
-    "channel": {},
+    "channel": {"gate": "channel"},
     "head": {"gate": "head"},
     "scalar, every second level": {"gate": "scalar", "levels": "every_2"},
     "plain MAE": {"memory_slots": 0, "cross_attention": False},

@@ -21,8 +21,9 @@ from memmc.training.order import Position
 from memmc.training.peers import Alone
 
 MODEL = ModelConfig(
-    encoder_dim=32, encoder_depth=2, encoder_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2, memory_slots=4
-)
+    encoder_dim=32, encoder_depth=2, encoder_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2, memory_slots=4,
+    gate="channel",
+)  # fmt: skip
 CONFIG = TrainConfig(max_steps=20, max_minutes=60.0, batch_size=16, base_lr=0.1, warmup=0.2, ema_decay=0.9, seed=3)
 
 
