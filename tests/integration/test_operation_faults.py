@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 CRASHED_WITHIN_S = 120
 FREED_WITHIN_S = 60
 COHORT = "killed"
+COPIES = 8  # of the hospital, so that its ingest is at work for as long as the other runs begin
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,15 @@ def unscored_copy(lake, folder):
 @pytest.fixture(scope="module")
 def plant(workspace, lake, ray_head, tmp_path_factory):
     """A server with the project's automations; a worker that submits to the Ray cluster."""
+    source = tmp_path_factory.mktemp("source")
+    for number in range(COPIES):
+        shutil.copytree(workspace.hospital.dicom_dir, source / str(number))
     settings = {
         "MEMMC_LAKE__URI": str(lake),
         "MEMMC_RAY__ADDRESS": ray_head.url,
         "MEMMC_RAY__JOB_DIRECTORY": str(workspace.root),
         "MEMMC_RAY__JOB_COMMAND": str(Path(sys.executable).parent / "memmc"),
-        "MEMMC_SOURCE__URI": str(workspace.hospital.dicom_dir),
+        "MEMMC_SOURCE__URI": str(source),
     }
     plant = Plant(tmp_path_factory.mktemp("plant"), workspace.root, settings)
     try:
@@ -184,7 +188,7 @@ def test_killed_runs_go_on_and_do_nothing_twice(flows, killed, lake, workspace):
     assert len(rows) == len({row["sop_instance_uid"] for row in rows}) > 0
     assert len({row["run"] for row in rows}) == 1
     stored = Lake(str(lake)).read(INSTANCES, ["object_key"], filter={"cohort": COHORT})["object_key"].to_pylist()
-    assert len(stored) == len(set(stored)) == workspace.ingested.seen
+    assert len(stored) == len(set(stored)) == COPIES * workspace.ingested.seen
     assert Lake(str(lake)).version(INSTANCES) == killed.version + 1
     assert flows.state(killed.foreign) == "RUNNING"  # not ours to judge; without automations a killed run stays so
 
