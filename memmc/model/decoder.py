@@ -42,7 +42,7 @@ class LevelAdapters(nn.Module):
         """Return the adapted levels, shape (S, B, N, E), from S tensors of shape (B, N, D)."""
         batch, length, _ = levels[0].shape
         normed = layer_norm(torch.stack(levels), (self.encoder_dim,)).flatten(1, 2)
-        weight = self.norm_weight.transpose(1, 2) * self.weight
+        weight = self.norm_weight.view(-1, self.encoder_dim, 1) * self.weight
         adapted = torch.baddbmm(torch.baddbmm(self.bias, self.norm_bias, self.weight), normed, weight)
         return adapted.view(len(levels), batch, length, -1)
 
