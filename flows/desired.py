@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -122,16 +122,7 @@ def _check_parameters(wanted: Wanted) -> None:
         where = wanted.name if schedule is None else f"{wanted.name}, schedule {schedule.slug}"
         given = wanted.spec.parameters | ({} if schedule is None else schedule.parameters)
         refuse_credentials(given)
-        shown = sorted(_PARAMETERS & given.keys())
-        settings = given.get("config") or {}
-        shown += [
-            f"{name}.{key}" for name in PLACES for key in sorted(PLACES[name] & (settings.get(name) or {}).keys())
-        ]
-        if shown:
-            raise UsageError(
-                f"{where}: parameter '{shown[0]}' would be shown to whoever opens the server, and a place may be "
-                "called after a patient; set it in the worker's configuration (MEMMC_CONFIG, MEMMC_SOURCE__URI)"
-            )
+        _refuse_shown(where, _PARAMETERS & given.keys())
         unknown = sorted(given.keys() - wanted.parameter_schema["properties"].keys())
         if unknown:
             known = ", ".join(wanted.parameter_schema["properties"])
@@ -139,7 +130,19 @@ def _check_parameters(wanted: Wanted) -> None:
         problem = _problem(given, wanted.parameter_schema, partly=schedule is None)
         if problem:
             raise ConfigError(f"{where}: {problem}")
-        load_config(overrides=setting_arguments(given.get("config") or {}))
+        settings = given.get("config") or {}
+        _refuse_shown(
+            where, [f"{name}.{key}" for name in PLACES for key in PLACES[name] & settings.get(name, {}).keys()]
+        )
+        load_config(overrides=setting_arguments(settings))
+
+
+def _refuse_shown(where: str, places: Collection[str]) -> None:
+    if places:
+        raise UsageError(
+            f"{where}: parameter '{min(places)}' would be shown to whoever opens the server, and a place may be "
+            "called after a patient; set it in the worker's configuration (MEMMC_CONFIG, MEMMC_SOURCE__URI)"
+        )
 
 
 def _problem(parameters: dict[str, Any], schema: dict[str, Any], *, partly: bool) -> str | None:

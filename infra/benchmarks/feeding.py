@@ -115,7 +115,7 @@ def epoch(rounds: int, images: int) -> bool:
         for _ in range(rounds):
             for name, feed in feeds.items():
                 rates[name].append(steps_of(feed, images // CONFIG.train.batch_size))
-        # Said here: a reader that is still ahead when its cluster ends takes this process with it.
+        # Said here: a thread of Ray Data may still read ahead, and this process has ended with its cluster then.
         return _compared(rates)
 
 

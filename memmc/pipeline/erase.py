@@ -243,9 +243,9 @@ def _affected(config: Config, lake: Lake, subject: Subject) -> list[dict[str, st
         uses["calibration"] = [
             (row["cohort"], row["dataset_version"]) for row in rows if row["model_digest"] == version.digest
         ]
-        pins = Pins.of_tags(version.tags)
         for use, sets in uses.items():
-            split = "train" if use == "training" else "calibrate"
+            # A calibration may be younger than the labels that its model was trained with, and names none.
+            split, pins = ("train", Pins.of_tags(version.tags)) if use == "training" else ("calibrate", Pins())
             if any(_met(lake, subject, name, number, split, pins) for name, number in sets):
                 found.append({"model": version.ref, "use": use})
     return found
@@ -269,7 +269,7 @@ def _trained_on(config: Config, home: Path, version: ModelVersion) -> tuple[str,
 
 
 def _met(lake: Lake, subject: Subject, cohort: str, version: int, split: str, pins: Pins) -> bool:
-    """Say whether images of the subject were normals of a split, by the labels of the model's time."""
+    """Say whether images of the subject were normals of a split, by the labels that are pinned."""
     columns = ["cohort", "patient_key", "study_uid", "sop_instance_uid"]
     where = {"cohort": cohort, "outcome": "stored", "split": split, "label": "normal"}
     try:

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+import pyarrow as pa
 from pydantic import ValidationError
 
 from memmc.config import Config, load_config
 from memmc.cores import cores
 from memmc.errors import ConfigError, TrainingError, UsageError
+from memmc.lake.files import DataFile
+from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
 from memmc.model.digest import WEIGHTS_FILE
 from memmc.pipeline.cluster import ray_cluster, require_cpus, tasks_at_once
@@ -25,7 +28,7 @@ from memmc.pipeline.placement import on_gpus
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import PlanResult, Result
 from memmc.pipeline.select import normal_table
-from memmc.pipeline.train import keep_back, kept_in_memory, training_job
+from memmc.pipeline.train import keep_back, training_job
 from memmc.registry.tracking import Tracking
 from memmc.training.feed import CachedFeed
 from memmc.training.source import ShardSource
@@ -202,14 +205,9 @@ def sweep(
             at_once = _at_once(config, ray, len(jobs), use_gpu=use_gpu)
             progress.message(f"{at_once} at once on {'GPUs' if use_gpu else 'CPUs'}")
             files = lake.files("instances", version, {"outcome": "stored", "split": "train", "cohort": cohort})
-            sources = [
-                ShardSource.open(ray, lake.storage, "instances", files, part["object_key"].to_pylist(), cached=cached)
-                for part, cached in ((rows, kept_in_memory(jobs[0], rows.num_rows)), (held_out, True))
-            ]
             given = {
                 "jobs": jobs,
-                "source": sources[0],
-                "look_at": CachedFeed(sources[1].tables(), held_out.num_rows, 1, 0, 0).images_NHWC,
+                **_images(ray, lake.storage, files, rows, held_out, cached=jobs[0].keeps(rows.num_rows)),
                 "threads": max(1, cores() // at_once),
                 "use_gpu": use_gpu,
                 "weights": None if start is None else (start.folder / WEIGHTS_FILE).read_bytes(),
@@ -226,6 +224,18 @@ def sweep(
     if ranked[0].failure:
         raise TrainingError(f"no trial of sweep {name} ended well; the first failed with {ranked[0].failure}")
     return SweepResult(name, cohort, by, ranked)
+
+
+def _images(
+    ray: Any, storage: Storage, files: Sequence[DataFile], rows: pa.Table, held_out: pa.Table, *, cached: bool
+) -> dict[str, Any]:
+    """Return where a trial finds the images to train on, and the pixels of those to look at."""
+    learned, looked_at = (
+        ShardSource.open(ray, storage, "instances", files, part["object_key"].to_pylist(), cached=kept)
+        for part, kept in ((rows, cached), (held_out, True))
+    )
+    looks = CachedFeed(looked_at.tables(), held_out.num_rows, 1, 0, 0)
+    return {"source": learned, "look_at": looks.images_NHWC}
 
 
 def _at_once(config: Config, ray: Any, trials: int, *, use_gpu: bool) -> int:

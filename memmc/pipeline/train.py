@@ -266,7 +266,7 @@ def _fit(
     filesystem, root = lake.storage.arrow_filesystem()
     fitted = fit(
         ray,
-        ShardSource.open(ray, lake.storage, "instances", files, keys, cached=kept_in_memory(job, len(keys))),
+        ShardSource.open(ray, lake.storage, "instances", files, keys, cached=job.keeps(len(keys))),
         job,
         name=record.run,
         storage=(filesystem, f"{root}/training"),
@@ -359,11 +359,6 @@ def _require_same_shape(config: Config, start: OpenModel, kind: dict[str, Any]) 
         raise ModelError(
             f"model {start.ref} cannot be started from: {named}; set model.* as it has them, or unset train.warm_start"
         )
-
-
-def kept_in_memory(job: TrainingJob, num_images: int) -> bool:
-    """Return whether a worker keeps so many images in memory (`train.cache_bytes`) or streams them every epoch."""
-    return num_images * job.image_size**2 * job.channels * job.bits // 8 <= job.train.cache_bytes
 
 
 def _params(config: Config) -> dict[str, str]:

@@ -46,6 +46,10 @@ class TrainingJob:
     pixel_std: float
     description: dict[str, Any] = field(default_factory=dict)
 
+    def keeps(self, num_images: int) -> bool:
+        """Return whether a worker keeps so many images in memory (`train.cache_bytes`) or streams them every epoch."""
+        return num_images * self.image_size**2 * self.channels * self.bits // 8 <= self.train.cache_bytes
+
 
 @dataclass(frozen=True)
 class Fitted:

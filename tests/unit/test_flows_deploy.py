@@ -98,6 +98,11 @@ def test_settings_that_name_a_place_are_no_parameters(written, section, key):
         check(written(put("deployments", 0, "parameters", parameters)))
 
 
+def test_settings_that_are_none_are_refused_before_they_are_searched_for_places(written):
+    with pytest.raises(ConfigError, match="source"):
+        check(written(put("deployments", 0, "parameters", {"cohort": "cxr", "config": {"source": "x"}})))
+
+
 def test_credentials_are_no_parameters(written):
     config = {"cohort": "cxr", "config": {"tracking": {"uri": "http://me:secret@host"}}}
     with pytest.raises(UsageError, match="user or password"):

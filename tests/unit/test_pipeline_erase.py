@@ -171,6 +171,16 @@ def test_what_a_model_learned_counts_by_the_labels_of_its_time(lake, monkeypatch
     assert done["models"] == [{"model": "memmc-a/3", "use": "training"}]
 
 
+def test_a_calibration_counts_by_the_newest_labels_whatever_its_model_was_trained_with(lake, monkeypatch):
+    tags = {"cohort": "z", "dataset_version": "1", "pinned_labels": "-1"}
+    monkeypatch.setattr(module, "all_versions", lambda _: [ModelVersion("memmc-z", "9", digest="z9", tags=tags)])
+    calibrated(lake, "z9")
+    assert erase(lake, "--patient", patient(3), "--dry-run")["models"] == [{"model": "memmc-z/9", "use": "calibration"}]
+    rows = lake.read(INSTANCES, ["sop_instance_uid"], filter={"patient_key": patient(3)})
+    lake.append(LABELS, label_rows([(uid, "abnormal", 1) for uid in rows["sop_instance_uid"].to_pylist()]))
+    assert erase(lake, "--patient", patient(3), "--dry-run")["models"] == []
+
+
 def test_the_summary_tells_models_that_met_the_images_from_those_that_cannot_be_read():
     models = [{"model": "memmc-a/1", "use": "training"}, {"model": "memmc-y/1", "use": "unknown: it cannot be read"}]
     counts = {"rows": {"instances": 1}, "files": 1, "waiting": 0, "writers": 0, "cohorts": ["a"], "reports": []}

@@ -21,7 +21,7 @@ from memmc.pipeline.models import OpenModel, tracking_of
 from memmc.pipeline.progress import Silent
 from memmc.pipeline.results import CalibrationResult
 from memmc.pipeline.runs import RunRecord, driving, unfinished
-from memmc.pipeline.train import _plan, kept_in_memory, train, training_job
+from memmc.pipeline.train import _plan, train, training_job
 from memmc.registry.models import all_versions
 from memmc.training.distributed import Fitted
 
@@ -88,8 +88,8 @@ def resources(gpus: int) -> Any:
 
 def test_images_are_kept_in_memory_up_to_the_size_that_is_set() -> None:
     job = training_job(load_config(overrides=[f"train.cache_bytes={64 * 64 * 2 * 10}"]), "c", 0, ROWS)
-    assert kept_in_memory(job, 10)
-    assert not kept_in_memory(job, 11)
+    assert job.keeps(10)
+    assert not job.keeps(11)
 
 
 def normals_lake(root: Path, held_out: int, *overrides: str) -> tuple[Config, Lake]:
