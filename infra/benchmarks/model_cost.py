@@ -17,8 +17,6 @@ from memmc.config import PRESETS, ModelConfig, Preset
 from memmc.model.levels import level_indices
 from memmc.model.mae import MemMCMAE
 
-SIDES: dict[Preset, int] = {"tiny": 64, "small": 128, "base": 224}
-
 
 @dataclass(frozen=True)
 class StepCost:

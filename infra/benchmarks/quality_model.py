@@ -23,7 +23,7 @@ from memmc.config import Config
 from memmc.model.artifact import LoadedModel, export_model, load_model
 from memmc.model.mae import MemMCMAE
 from memmc.model.memory_usage import levels_ablated, memory_ablated
-from memmc.pipeline.train import keep_back
+from memmc.pipeline.training_job import keep_back
 from memmc.scoring.masks import Reconstruction, mask_ids, reconstruct
 from memmc.training.augment import standardise
 from memmc.training.checkpoint import STATE_FILE

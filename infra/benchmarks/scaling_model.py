@@ -18,8 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from model_cost import SIDES, StepCost, config_of, step_cost
+from model_cost import StepCost, config_of, step_cost
 from train_step import PLAIN, Trainer, load, matmul_rate, seconds
+
+from memmc.config import PRESET_SIDES
 
 BUCKET_BYTES = 25 << 20  # DistributedDataParallel's default
 LATENCY_S = 10e-6  # of one hop of a ring
@@ -85,8 +87,8 @@ def simulate(compute_s: float, gradient_bytes: float, gpus: int, gpu: Gpu, jitte
 
 def table(args: argparse.Namespace) -> None:
     config = config_of("base", gate=args.gate)
-    cost = step_cost(config, SIDES["base"])
-    trainer = Trainer(config, SIDES["base"], 1, argparse.Namespace(device="cpu", bf16=False, compile=False))
+    cost = step_cost(config, PRESET_SIDES["base"])
+    trainer = Trainer(config, PRESET_SIDES["base"], 1, argparse.Namespace(device="cpu", bf16=False, compile=False))
     kept = trainer.kept_bytes() / 2  # float32 there, bf16 on a GPU
     if args.gate != "channel":  # a GPU keeps the contexts of all levels, which a CPU computes anew
         kept += 2.0 * config.decoder_depth * config.encoder_depth * (trainer.model.num_patches + 1) * config.decoder_dim
@@ -107,7 +109,7 @@ def table(args: argparse.Namespace) -> None:
             hours = args.images / rate / 3600
             sent = 2 * (gpus - 1) / gpus * gradient
             ring_s = ring_seconds(gradient, gpus, gpu) if gpus > 1 else 0.0
-            pixels = rate * SIDES["base"] ** 2 * 2
+            pixels = rate * PRESET_SIDES["base"] ** 2 * 2
             line = f"| {gpus} | {rate:,.0f} | {compute_s / step_s:.0%} | {hours * gpus:.1f} | {hours:.2f} | "
             line += (
                 f"{sent / 2**20:.0f} MiB | {ring_s * 1e3:.1f} of {step_s * 1e3:.0f} ms | {pixels / 2**20:,.0f} MiB/s |"
@@ -126,7 +128,7 @@ def check(args: argparse.Namespace) -> bool:
         share = before
         for name, changes in (("plain", PLAIN), *((gate, {"gate": gate}) for gate in ("scalar", "head", "channel"))):
             config = config_of(preset, **changes)
-            trainer, cost = Trainer(config, SIDES[preset], batch, run), step_cost(config, SIDES[preset])
+            trainer, cost = Trainer(config, PRESET_SIDES[preset], batch, run), step_cost(config, PRESET_SIDES[preset])
             trainer.step()
             measured = statistics.median(seconds(trainer.step, run) for _ in range(args.rounds))
             bound = batch * cost.executed / matmul_rate(trainer, run)

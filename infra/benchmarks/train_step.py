@@ -27,11 +27,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from model_cost import SIDES, config_of, step_cost
+from model_cost import config_of, step_cost
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memmc.config import ModelConfig, TrainConfig
+from memmc.config import PRESET_SIDES, ModelConfig, TrainConfig
 from memmc.model.decoder import LevelCrossAttention
 from memmc.model.mae import MemMCMAE
 from memmc.training.optim import WeightAverage, make_optimizer, set_learning_rate
@@ -135,7 +135,7 @@ def copy_rate(args: argparse.Namespace) -> float:
 
 def bench(preset: str, threads: int, args: argparse.Namespace) -> bool:
     torch.set_num_threads(threads)
-    side, batch = SIDES[preset], args.batch or BATCH[preset]
+    side, batch = PRESET_SIDES[preset], args.batch or BATCH[preset]
     default = config_of(preset)
     configs = {"plain MAE": config_of(preset, **PLAIN), "default": default}
     configs |= {gate: config_of(preset, gate=gate) for gate in ("scalar", "head", "channel") if gate != default.gate}
@@ -196,7 +196,7 @@ def load() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", default=["tiny", "small"], choices=list(SIDES))
+    parser.add_argument("--preset", nargs="+", default=["tiny", "small"], choices=list(PRESET_SIDES))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, help="images a step; 8 for tiny and small")

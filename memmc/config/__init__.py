@@ -21,11 +21,12 @@ from memmc.config.monitor import MonitorConfig
 from memmc.config.operation import OperateConfig, RayConfig, TrackingConfig
 from memmc.config.retrain import PromoteConfig, RetrainConfig
 from memmc.config.scoring import CalibrateConfig, EvaluateConfig, ScoreConfig, ScorerName
-from memmc.config.training import PRESETS, ModelConfig, Preset, TrainConfig
+from memmc.config.training import PRESET_SIDES, PRESETS, ModelConfig, Preset, TrainConfig
 from memmc.config.tree import Config, config_hash
 
 __all__ = [
     "PRESETS",
+    "PRESET_SIDES",
     "CalibrateConfig",
     "CockpitConfig",
     "Config",

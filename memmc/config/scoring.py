@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -24,6 +24,9 @@ StratumColumn = Literal[
     "modality", "manufacturer", "manufacturer_model", "view_position", "body_part", "laterality", "patient_sex"
 ]
 
+PAPER_PASSES = 10
+"""Random masks per image in Tian et al., arXiv:2203.11725."""
+
 
 class ScoreConfig(Section):
     """How an image is scored."""
@@ -31,12 +34,13 @@ class ScoreConfig(Section):
     scorer: ScorerName = Field(
         default="residual_whole_or_peak",
         description="residual_statistics judges the whole image, residual_peak its oddest place, the default the more "
-        "unusual of the two. All take complementary masks but pasted_ms_ssim, the paper's: random masks (10 passes "
-        "there), the predictions pasted into the image, 1 - MS-SSIM averaged over the passes.",
+        "unusual of the two. All take complementary masks but pasted_ms_ssim, the paper's: random masks, the "
+        "predictions pasted into the image, 1 - MS-SSIM averaged over the passes.",
     )
     passes: Positive = Field(
         default=4,
-        description="Forward passes per image, a multiple of 1 / (1 - mask_ratio) (complementary masks) [choice].",
+        description="Forward passes per image, a multiple of 1 / (1 - mask_ratio) (complementary masks) [choice]; "
+        "with pasted_ms_ssim 10, as in the paper, unless given.",
     )
     early_stop: float = Field(
         default=0.0,
@@ -57,6 +61,13 @@ class ScoreConfig(Section):
     num_actors: Positive = Field(default=2, description="Scoring actors.")
     grid: Positive = Field(default=8, description="Side of the coarse grid of residual features, cells [choice].")
     components: Positive = Field(default=16, description="Principal components of the residual statistics [choice].")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _passes_of_the_paper(cls, given: Any) -> Any:
+        if isinstance(given, dict) and cast(dict[str, Any], given).get("scorer") == "pasted_ms_ssim":
+            return {"passes": PAPER_PASSES, **cast(dict[str, Any], given)}
+        return given
 
     @model_validator(mode="after")
     def _paper_mode_is_whole(self) -> ScoreConfig:

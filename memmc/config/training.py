@@ -59,7 +59,8 @@ class ModelConfig(Section):
     )
     norm_pix_loss: bool = Field(
         default=False,
-        description="Standardise target patches [MAE]; off, since the score needs intensities [recalled].",
+        description="Standardise target patches [MAE]; off, since the score needs intensities [recalled]: with it, "
+        "brightness and contrast of a patch are taken from the image and judged by nothing.",
     )
     recompute: bool = Field(
         default=False,
@@ -108,6 +109,9 @@ PRESETS: Mapping[Preset, Mapping[str, Mapping[str, Any]]] = {
 }
 """Fields, by section, that a preset sets where no other source does."""
 
+PRESET_SIDES: Mapping[Preset, int] = {"tiny": 64, "small": 128, "base": 224}
+"""The image size that a preset is meant for, px; `data.image_size` of the ingest decides."""
+
 
 class TrainConfig(Section):
     """One training run."""
@@ -135,10 +139,12 @@ class TrainConfig(Section):
     batch_size: Positive = Field(default=32, description="Images per worker and step.")
     base_lr: float = Field(default=1.5e-3, gt=0, description="Learning rate per 256 images of global batch.")
     weight_decay: float = Field(default=0.05, ge=0, description="[MAE]")
-    warmup: Fraction = Field(default=0.05, description="Share of the run spent on linear warm-up.")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="Share of the run spent on linear warm-up.")
     clip_grad_norm: float = Field(default=1.0, gt=0)
     ema_decay: float = Field(default=0.999, ge=0, lt=1, description="Decay per step; scored weights are the average.")
-    crop_scale: Fraction = Field(default=0.8, description="Smallest area share of the random resized crop.")
+    crop_scale: float = Field(
+        default=0.8, gt=0, le=1, description="Smallest area share of the random resized crop; 1 = the whole image."
+    )
     rotate_degrees: float = Field(default=5.0, ge=0, le=45, description="Bound of the random rotation, degrees.")
     cache_bytes: int = Field(
         default=2 << 30, ge=0, description="Each worker keeps all images in memory up to this size, bytes."

@@ -57,11 +57,12 @@ class LevelCrossAttention(nn.Module):
     - ``head``: ``a_lj = sigmoid(w_lj Q + u_lj c_lj + b_lj)``, one number per head [choice];
     - ``scalar``: ``a_l = sigmoid(w_l Q + sum_j u_lj c_lj + b_l)``, one number per level [choice].
 
-    The last two read C_l through its parts c_lj, which hold all that C_l holds. As O is linear and has
+    The last two read C_l through its parts c_lj, a head gate that of its own head alone. As O is linear and has
     no bias, ``sum_l sum_j a_lj O_j c_lj = O [sum_l a_l1 c_l1; ..; sum_l a_lh c_lh]``: the projection is
     applied once, behind the sum over levels, where channel gates cost 3 S E^2 L. And ``sum_l a_lj P_lj V_lj`` is one
-    matmul over the tokens of all levels with the attention weights P scaled by their gates, so no c_lj is ever
-    written out: ``u_lj c_lj = P_lj (V_lj u_lj)``. The cost of S levels is that of one longer context.
+    matmul over the tokens of all levels with the attention weights P scaled by their gates, so on a CPU no c_lj is ever
+    written out: ``u_lj c_lj = P_lj (V_lj u_lj)``. The cost of S levels is that of one longer context. On a GPU, and
+    where it is traced, the attention to each level is torch's fused one, which writes every c_lj.
 
     A single level has no gate: plain cross-attention [choice].
 
@@ -164,8 +165,12 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, patch_values)
 
     def place(self, last_BNE: Tensor, ids_keep_BK: Tensor) -> Tensor:
-        """Return the input (B, 1 + L, E): the last level where visible, mask tokens elsewhere, positions added."""
+        """Return the input (B, 1 + L, E): the last level where visible, mask tokens elsewhere, positions added.
+
+        In the precision of the parameters, as the encoder's tokens: blocks add to it, whatever autocast computes in.
+        """
         batch, _, dim = last_BNE.shape
+        last_BNE = last_BNE.to(torch.promote_types(last_BNE.dtype, self.mask_token.dtype))
         hidden_BLE = (self.mask_token + self.positions).to(last_BNE.dtype).expand(batch, -1, -1)
         visible_BKE = last_BNE[:, 1:] + self.positions[ids_keep_BK].to(last_BNE.dtype)
         tokens_BLE = hidden_BLE.scatter(1, ids_keep_BK[:, :, None].expand(-1, -1, dim), visible_BKE)
@@ -184,7 +189,7 @@ class Decoder(nn.Module):
             return self._blocks(tokens_BLE, levels_BSNE)[:, 1:]
         mask_BL = mask_from_ids_keep(ids_keep_BK, len(self.positions))
         ids_removed_BR = mask_BL.topk(mask_BL.shape[1] - ids_keep_BK.shape[1]).indices
-        pred_BRP = self._blocks((self.mask_token + self.positions[ids_removed_BR]).to(adapted_SBNE.dtype), levels_BSNE)
+        pred_BRP = self._blocks(self.mask_token + self.positions[ids_removed_BR], levels_BSNE)
         pred_BLP = pred_BRP.new_zeros(*mask_BL.shape, pred_BRP.shape[2])
         return pred_BLP.scatter(1, ids_removed_BR[:, :, None].expand_as(pred_BRP), pred_BRP)
 

@@ -29,8 +29,7 @@ class MAEOutput(NamedTuple):
 
     Attributes:
         loss: mean squared error over removed patches, a scalar.
-        pred_BLP: predicted patches; untrained where visible (0 without self-attention of the decoder), so never score
-            them there.
+        pred_BLP: predicted patches in the unit of the images; untrained where visible, so never score them there.
         mask_BL: 1 = removed, 0 = kept.
         ids_keep_BK: the visible patches.
     """
@@ -90,7 +89,7 @@ class MemMCMAE(nn.Module):
         return self.encoder(gather_tokens(patches_BLP, ids_keep_BK), ids_keep_BK)
 
     def decode(self, levels: list[Tensor], ids_keep_BK: Tensor) -> Tensor:
-        """Return pred_BLP."""
+        """Return what the decoder says of each patch (B, L, P): pixels, or those of a standardised patch."""
         return self.decoder(levels, ids_keep_BK)
 
     def forward(
@@ -109,25 +108,37 @@ class MemMCMAE(nn.Module):
             ids_keep_BK = random_ids_keep(
                 len(patches_BLP), self.num_patches, self.num_keep, generator, patches_BLP.device
             )
-        pred_BLP = self.decode(self.encode(patches_BLP, ids_keep_BK), ids_keep_BK)
+        decoded_BLP = self.decode(self.encode(patches_BLP, ids_keep_BK), ids_keep_BK)
         mask_BL = mask_from_ids_keep(ids_keep_BK, self.num_patches)
-        return MAEOutput(self.loss(patches_BLP, pred_BLP, mask_BL), pred_BLP, mask_BL, ids_keep_BK)
+        loss = self.loss(patches_BLP, decoded_BLP, mask_BL)
+        return MAEOutput(loss, self._in_pixels(decoded_BLP, patches_BLP), mask_BL, ids_keep_BK)
 
-    def loss(self, patches_BLP: Tensor, pred_BLP: Tensor, mask_BL: Tensor) -> Tensor:
-        """Return the mean squared error over removed patches.
+    def loss(self, patches_BLP: Tensor, decoded_BLP: Tensor, mask_BL: Tensor) -> Tensor:
+        """Return the mean squared error over removed patches of what `decode` returns.
 
         Targets are the pixels themselves; with `norm_pix_loss` each patch is standardised first [MAE]. Off by
         default [recalled]: the anomaly score needs real intensities.
         """
         if self.config.norm_pix_loss:
-            variance, mean = torch.var_mean(patches_BLP, dim=-1, keepdim=True)
-            patches_BLP = (patches_BLP - mean) / (variance + 1e-6).sqrt()
-        pred_BLP = pred_BLP.to(torch.promote_types(pred_BLP.dtype, torch.float32))
-        error_BL = (pred_BLP - patches_BLP).square().mean(dim=-1)
+            mean_BL1, std_BL1 = _patch_statistics(patches_BLP)
+            patches_BLP = (patches_BLP - mean_BL1) / std_BL1
+        decoded_BLP = decoded_BLP.to(torch.promote_types(decoded_BLP.dtype, torch.float32))
+        error_BL = (decoded_BLP - patches_BLP).square().mean(dim=-1)
         return (error_BL * mask_BL).sum() / mask_BL.sum()
 
+    def _in_pixels(self, decoded: Tensor, patches: Tensor) -> Tensor:
+        """Give standardised patches the mean and deviation of the patch they stand for, as [MAE] shows them.
+
+        What is scored then is the pattern within a patch; how bright it is and how strong its contrast is taken from
+        the image.
+        """
+        if not self.config.norm_pix_loss:
+            return decoded
+        mean, std = _patch_statistics(patches)
+        return decoded * std + mean
+
     def predict(self, images_BCHW: Tensor, ids_keep_BGK: Tensor) -> Tensor:
-        """Return pred_BGLP for G masks of every image, all in one batch.
+        """Return pred_BGLP, in the unit of the images, for G masks of every image, all in one batch.
 
         The images are not repeated; only their visible patches are.
         """
@@ -137,7 +148,7 @@ class MemMCMAE(nn.Module):
         visible = gather_tokens(patches_BLP, ids_keep_BGK.reshape(batch, masks * kept))
         ids_keep_BK = ids_keep_BGK.reshape(batch * masks, kept)
         levels = self.encoder(visible.reshape(batch * masks, kept, -1), ids_keep_BK)
-        return self.decode(levels, ids_keep_BK).unflatten(0, (batch, masks))
+        return self._in_pixels(self.decode(levels, ids_keep_BK).unflatten(0, (batch, masks)), patches_BLP[:, None])
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return optimiser groups: matrices with decay; memory, tokens, biases and norms without [M2, MAE]."""
@@ -153,3 +164,9 @@ class MemMCMAE(nn.Module):
         expected = (self.channels, self.image_size, self.image_size)
         if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[1:]) != expected:
             raise ConfigError(f"images of shape {tuple(images_BCHW.shape)}; this model takes (batch, *{expected})")
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the values of each patch, (..., 1)."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()

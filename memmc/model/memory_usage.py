@@ -132,6 +132,11 @@ def levels_ablated(model: MemMCMAE) -> Generator[None]:
                 bias.copy_(before)
 
 
+def has_gated_levels(model: MemMCMAE) -> bool:
+    """Return whether the decoder weighs several levels against each other."""
+    return bool(_gated(model))
+
+
 def _gated(model: MemMCMAE) -> list[LevelCrossAttention]:
     found = [module for module in model.decoder.modules() if isinstance(module, LevelCrossAttention)]
     return [layer for layer in found if layer.levels > 1]

@@ -28,7 +28,7 @@ from memmc.pipeline.placement import on_gpus
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import PlanResult, Result
 from memmc.pipeline.select import normal_table
-from memmc.pipeline.train import keep_back, training_job
+from memmc.pipeline.training_job import keep_back, training_job
 from memmc.registry.tracking import Tracking
 from memmc.training.feed import CachedFeed
 from memmc.training.source import ShardSource

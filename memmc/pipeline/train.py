@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import tempfile
 import time
 import uuid
@@ -13,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from memmc.config import Config, ModelConfig
-from memmc.errors import ConfigError, DataError, ModelError
+from memmc.config import PRESET_SIDES, Config
 from memmc.lake.tables import Lake
 from memmc.model.digest import WEIGHTS_FILE
 from memmc.model.masking import num_kept
@@ -33,18 +29,17 @@ from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.quality import gate
 from memmc.pipeline.results import PlanResult, TrainResult
 from memmc.pipeline.runs import RunRecord, driving, task_of, to_resume, unfinished
-from memmc.pipeline.select import normal_table, one_preparation
+from memmc.pipeline.select import normal_table
+from memmc.pipeline.training_job import LOOK_IMAGES, hash_of, keep_back, training_job
 from memmc.registry.lineage import TrainingInput, images_digest, log_input
 from memmc.registry.models import ModelVersion, register, registered_before
 from memmc.registry.promotion import AUTHOR_TAG
 from memmc.registry.tracking import Tracking
 from memmc.scoring.early_stop import stage_passes
-from memmc.training.checkpoint import identity_of
 from memmc.training.distributed import Fitted, TrainingJob, fit
 from memmc.training.feed import CachedFeed
 from memmc.training.source import ShardSource
 
-_LOOK_IMAGES, _FEWEST_HELD_OUT = 64, 8
 _SETTINGS = {"data", "select", "split", "quality", "model", "train", "score", "calibrate", "evaluate"}  # not places
 
 
@@ -109,6 +104,9 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
             with ray_cluster(config, home) as ray, tempfile.TemporaryDirectory(prefix="memmc-") as folder:
                 settings, use_gpu, workers = place_training(ray, config.train)
                 progress.message(f"{num_images} normal images, table version {version}; {workers}")
+                if plan.job.image_size < (meant := PRESET_SIDES[config.train.preset]):
+                    small = f"{plan.job.image_size} px, preset {config.train.preset} is meant for {meant} px and more"
+                    progress.message(f"images of {small}; data.image_size of the ingest decides")
                 watcher = _Watcher(progress, tracking, record.tracked)
                 job = replace(plan.job, train=settings)
                 fitted = _fit(ray, lake, plan, job, record, watcher, folder, use_gpu=use_gpu)
@@ -142,13 +140,18 @@ def train(config: Config, cohort: str, *, progress: Progress | None = None) -> T
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a run learns, and the record of the run that is gone on with, if there is one."""
+    """What a run learns, and the record of the run that is gone on with, if there is one.
+
+    Attributes:
+        held_out: rows that it is looked at with, of the `kept_back` ones.
+    """
 
     cohort: str
     version: int
     pins: Pins
     rows: pa.Table
     held_out: pa.Table
+    kept_back: int
     job: TrainingJob
     task: str
     start: OpenModel | None
@@ -184,7 +187,7 @@ class _Plan:
 
 def _learned(plan: _Plan, flags: dict[str, int]) -> dict[str, Any]:
     """Return what the model card says of the images."""
-    counts = {"images": plan.rows.num_rows, "patients": plan.num_patients, "kept_back": plan.held_out.num_rows}
+    counts = {"images": plan.rows.num_rows, "patients": plan.num_patients, "kept_back": plan.kept_back}
     return {**counts, "left_out": flags}
 
 
@@ -195,7 +198,8 @@ def _plan(config: Config, home: Path, lake: Lake, cohort: str) -> tuple[_Plan, b
     named = next((r for r in unfinished(lake.storage, cohort) if r.run == wanted), None) if wanted else None
     version = named.dataset_version if named else lake.version("instances")
     pins = Pins.now(lake)
-    rows, held_out = keep_back(normal_table(lake, cohort, "train", version, pins), config.train.validate_share)
+    every = normal_table(lake, cohort, "train", version, pins)
+    rows, held_out = keep_back(every, config.train.validate_share)
     job = training_job(config, cohort, version, rows, start)
     task = task_of(config, rows["object_key"].to_pylist(), start.digest if start else "")
     found = None if config.train.resume == "new" else to_resume(lake.storage, cohort, task, wanted)
@@ -204,7 +208,8 @@ def _plan(config: Config, home: Path, lake: Lake, cohort: str) -> tuple[_Plan, b
         version = found.dataset_version
         job = training_job(config, cohort, version, rows, start)
     _require_normals(config, lake, job, found)
-    return _Plan(cohort, version, pins, rows, held_out, job, task, start, found), found is not None
+    kept_back = every.num_rows - rows.num_rows
+    return _Plan(cohort, version, pins, rows, held_out, kept_back, job, task, start, found), found is not None
 
 
 def _require_normals(config: Config, lake: Lake, job: TrainingJob, found: RunRecord | None) -> None:
@@ -218,31 +223,6 @@ def _require_normals(config: Config, lake: Lake, job: TrainingJob, found: RunRec
         early_stages = len(stage_passes(patches, num_kept(patches, job.model.mask_ratio), config.score.passes)) - 1
     held_out = normal_table(lake, cohort, "calibrate", version)
     require_normals(config, held_out.num_rows, remedy, early_stages=early_stages)
-
-
-def keep_back(rows: pa.Table, share: float) -> tuple[pa.Table, pa.Table]:
-    """Return the rows to train on and those to look at, of other patients; by keyed hash, so that none ever moves.
-
-    Raises:
-        DataError: too few images kept back, or none left.
-    """
-    if not share:
-        return rows, rows.slice(0, 0)
-    bound = round(share * 2**64)
-    is_held = pa.array([_hash(patient) < bound for patient in rows["patient_key"].to_pylist()], pa.bool_())
-    held, kept = rows.filter(is_held), rows.filter(pc.call_function("invert", [is_held]))
-    if held.num_rows < _FEWEST_HELD_OUT or not kept.num_rows:
-        raise DataError(
-            f"train.validate_share = {share} keeps back {held.num_rows} of {rows.num_rows} images, at least "
-            f"{_FEWEST_HELD_OUT} are needed and some must be left; choose another share, or 0"
-        )
-    names = zip(held["patient_key"].to_pylist(), held["object_key"].to_pylist(), strict=True)
-    places = [_hash(patient + key) for patient, key in names]
-    return kept, held.take(sorted(range(len(places)), key=places.__getitem__)[:_LOOK_IMAGES])
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _fit(
@@ -259,7 +239,7 @@ def _fit(
     require_cpus(ray, job.train.min_workers or job.train.num_workers, use_gpu)
     files = lake.files("instances", plan.version, {"outcome": "stored", "split": "train", "cohort": plan.cohort})
     keys = plan.rows["object_key"].to_pylist()
-    look_at = plan.held_out["object_key"].to_pylist() or sorted(keys, key=_hash)[:_LOOK_IMAGES]
+    look_at = plan.held_out["object_key"].to_pylist() or sorted(keys, key=hash_of)[:LOOK_IMAGES]
     looks = CachedFeed(
         ShardSource.open(ray, lake.storage, "instances", files, look_at, cached=True).tables(), len(look_at), 1, 0, 0
     )
@@ -291,74 +271,6 @@ def _registered(tracking: Tracking, plan: _Plan, record: RunRecord, folder: Path
 def _model_tags(plan: _Plan, record: RunRecord) -> dict[str, str]:
     tags = {"cohort": plan.cohort, "dataset_version": str(record.dataset_version), **plan.pins.as_tags()}
     return tags | ({"warm_start": plan.start.ref} if plan.start else {})
-
-
-def training_job(
-    config: Config, cohort: str, version: int, rows: pa.Table, start: OpenModel | None = None
-) -> TrainingJob:
-    """Describe a run from the metadata of its images.
-
-    Args:
-        start: model whose weights, and hence whose mean and standard deviation of pixels, the run begins with.
-
-    Raises:
-        ConfigError: an image size the patches do not divide.
-        DataError: images prepared in different ways.
-        ModelError: the model to start from has another architecture.
-        PreprocessMismatch: it knows pixels prepared otherwise.
-    """
-    kind = one_preparation(rows)
-    if kind["height"] != kind["width"] or kind["height"] % config.model.patch_size:
-        raise ConfigError(
-            f"images of {kind['height']} x {kind['width']} px do not divide into patches of {config.model.patch_size}; "
-            "choose data.image_size as a multiple of model.patch_size"
-        )
-    mean, std = pooled_statistics(rows)
-    if start is not None:
-        _require_same_shape(config, start, kind)
-        mean, std = float(start.info["pixel_mean"]), float(start.info["pixel_std"])
-    return TrainingJob(
-        model=config.model,
-        train=config.train,
-        image_size=kind["height"],
-        channels=kind["channels"],
-        bits=kind["bits"],
-        pixel_mean=mean,
-        pixel_std=std,
-        description={
-            "preprocess_id": kind["preprocess_id"],
-            "cohort": cohort,
-            "dataset_version": version,
-            "config_id": config.config_id,
-        },
-    )
-
-
-def pooled_statistics(rows: pa.Table) -> tuple[float, float]:
-    """Return mean and standard deviation over all pixels, from those of each image (law of total variance)."""
-    means, stds = rows["pixel_mean"].to_pylist(), rows["pixel_std"].to_pylist()
-    mean = math.fsum(means) / rows.num_rows
-    square = math.fsum(s**2 + m**2 for s, m in zip(stds, means, strict=True)) / rows.num_rows
-    return mean, math.sqrt(max(square - mean**2, 1e-8))
-
-
-def _require_same_shape(config: Config, start: OpenModel, kind: dict[str, Any]) -> None:
-    start.require({kind["preprocess_id"]})
-    try:
-        model = ModelConfig.model_validate(start.info["model_config"])  # settings that came after it: their defaults
-    except (KeyError, ValueError):
-        raise ModelError(
-            f"model {start.ref} cannot be started from: this version of memmc does not know its settings; "
-            "unset train.warm_start, or train with the version that made it"
-        ) from None
-    found = {**identity_of(model), "image_size": start.info["image_size"], "channels": start.info["channels"]}
-    needed = {**identity_of(config.model), "image_size": kind["height"], "channels": kind["channels"]}
-    odd = sorted(name for name in needed if found[name] != needed[name])
-    if odd:
-        named = ", ".join(f"{name} is {found[name]}, needed {needed[name]}" for name in odd[:4])
-        raise ModelError(
-            f"model {start.ref} cannot be started from: {named}; set model.* as it has them, or unset train.warm_start"
-        )
 
 
 def _params(config: Config) -> dict[str, str]:

@@ -90,6 +90,17 @@ def round_seed(model_digest: str, sop_instance_uid: str, round_index: int) -> by
     return hashlib.sha256(f"{model_digest}\0{sop_instance_uid}\0{round_index}".encode()).digest()
 
 
+def ring_places(num_patches: int, num_keep: int) -> np.ndarray:
+    """Return which places of a permutation each pass of a round shows: (G, K), int64; see `complementary_groups`.
+
+    Raises:
+        UsageError: no round exists for these sizes.
+    """
+    groups = num_groups(num_patches, num_keep)
+    starts_G = np.arange(groups) * num_patches // groups
+    return (starts_G[:, None] + np.arange(num_keep)) % num_patches
+
+
 def complementary_groups(num_patches: int, num_keep: int, seeds: Sequence[bytes]) -> Tensor:
     """Return the visible patches of each pass, one round per seed: (R * G, K), int64.
 
@@ -105,9 +116,7 @@ def complementary_groups(num_patches: int, num_keep: int, seeds: Sequence[bytes]
     Raises:
         UsageError: no round exists for these sizes.
     """
-    groups = num_groups(num_patches, num_keep)
-    starts_G = np.arange(groups) * num_patches // groups
-    places_GK = (starts_G[:, None] + np.arange(num_keep)) % num_patches
+    places_GK = ring_places(num_patches, num_keep)
     rounds: list[np.ndarray] = []
     for seed in seeds:
         keys_L = np.frombuffer(hashlib.shake_256(seed).digest(8 * num_patches), dtype="<u8")

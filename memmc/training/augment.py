@@ -53,7 +53,7 @@ def random_affines(batch: int, crop_scale: float, rotate_degrees: float, generat
     """Return affines of shape (B, 2, 3) that map output to input positions, both in [-1, 1].
 
     The crop covers a share of the area uniform in [crop_scale, 1], its sides' ratio is log-uniform within
-    `MAX_ASPECT`, its place uniform within the image; the turn is uniform within the bound.
+    `MAX_ASPECT` (1 where nothing is cropped), its place uniform within the image; the turn is uniform within the bound.
 
     Args:
         batch: number of images.
@@ -63,7 +63,8 @@ def random_affines(batch: int, crop_scale: float, rotate_degrees: float, generat
     """
     draw_5B = torch.rand(5, batch, generator=generator)
     area = crop_scale + (1.0 - crop_scale) * draw_5B[0]
-    aspect = torch.exp((2.0 * draw_5B[1] - 1.0) * math.log(MAX_ASPECT) / 2.0)
+    widest = math.log(MAX_ASPECT) / 2.0 if crop_scale < 1.0 else 0.0
+    aspect = torch.exp((2.0 * draw_5B[1] - 1.0) * widest)
     width, height = (area.sqrt() * aspect).clamp(max=1.0), (area.sqrt() / aspect).clamp(max=1.0)
     angle = (2.0 * draw_5B[2] - 1.0) * math.radians(rotate_degrees)
     cosine, sine = angle.cos(), angle.sin()

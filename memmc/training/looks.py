@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from memmc.model.mae import MemMCMAE
-from memmc.model.memory_usage import gate_means, levels_ablated, memory_ablated, memory_usage
+from memmc.model.memory_usage import gate_means, has_gated_levels, levels_ablated, memory_ablated, memory_usage
+from memmc.scoring.masks import ring_places
 from memmc.training.peers import Sync
 
 PEAK_SHARE = 0.1
@@ -34,7 +35,7 @@ class Fixed:
 
     Attributes:
         images_VCHW: standardised.
-        ids_keep_VGK: complementary masks: over G passes each patch is visible once.
+        ids_keep_VGK: complementary masks: over G passes each patch is visible at least once, and hidden at least once.
     """
 
     images_VCHW: Tensor
@@ -44,9 +45,9 @@ class Fixed:
     def of(cls, images_VCHW: Tensor, model: MemMCMAE) -> Fixed:
         """Draw the masks, the same for the same number of images."""
         generator = torch.Generator().manual_seed(_SEED)
-        groups = model.num_patches // model.num_keep
-        order = torch.rand(len(images_VCHW), model.num_patches, generator=generator).argsort(1)
-        return cls(images_VCHW, order[:, : groups * model.num_keep].unflatten(1, (groups, model.num_keep)))
+        order_VL = torch.rand(len(images_VCHW), model.num_patches, generator=generator).argsort(1)
+        places_GK = torch.from_numpy(ring_places(model.num_patches, model.num_keep))
+        return cls(images_VCHW, order_VL[:, places_GK])
 
 
 def with_lesions(images_VCHW: Tensor, seed: int = _SEED) -> Tensor:
@@ -72,7 +73,7 @@ def with_lesions(images_VCHW: Tensor, seed: int = _SEED) -> Tensor:
 
 @torch.no_grad()
 def patch_errors(model: MemMCMAE, images_VCHW: Tensor, ids_keep_VGK: Tensor) -> Tensor:
-    """Return errors_VL: the absolute error of each patch over the passes in which it was hidden."""
+    """Return errors_VL: the mean absolute error of each patch over the passes in which it was hidden."""
     total = torch.zeros(len(images_VCHW), model.num_patches)
     hidden = torch.zeros_like(total)
     device = next(model.parameters()).device
@@ -84,7 +85,7 @@ def patch_errors(model: MemMCMAE, images_VCHW: Tensor, ids_keep_VGK: Tensor) -> 
             error = (output.pred_BLP.float() - patches).abs().mean(-1) * output.mask_BL
             total[start : start + _BATCH] += error.cpu()
             hidden[start : start + _BATCH] += output.mask_BL.float().cpu()
-    return total / hidden.clamp_min(1.0)
+    return total / hidden
 
 
 def quick_scores(errors_NL: Tensor, normal_VL: Tensor) -> Tensor:
@@ -149,15 +150,20 @@ def health(model: MemMCMAE, fixed: Fixed) -> dict[str, float]:
 
 
 def ablations(model: MemMCMAE, fixed: Fixed) -> dict[str, float]:
-    """Return the masked error of the model, of it without memory, and of it hearing its last level alone."""
+    """Return the masked error of the model, of it without memory, and of it hearing its last level alone.
+
+    A model without the part has no such figure.
+    """
 
     def error() -> float:
         value = float(patch_errors(model, fixed.images_VCHW, fixed.ids_keep_VGK).mean())
         return value if math.isfinite(value) else math.nan
 
     found = {"ablation/error": error()}
-    with memory_ablated(model):
-        found["ablation/error_without_memory"] = error()
-    with levels_ablated(model):
-        found["ablation/error_last_level_only"] = error()
+    if model.config.memory_slots:
+        with memory_ablated(model):
+            found["ablation/error_without_memory"] = error()
+    if has_gated_levels(model):
+        with levels_ablated(model):
+            found["ablation/error_last_level_only"] = error()
     return found

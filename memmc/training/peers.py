@@ -113,7 +113,10 @@ class Group:
             shard(average, mesh)
             return model
         devices = [self._device.index] if self._device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        # The only buffers are positions, which never change: no step need wait for them.
+        return DistributedDataParallel(
+            model, device_ids=devices, gradient_as_bucket_view=True, forward_sync_buffers=False
+        )
 
     def accumulating(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
         """Within the block gradients stay on their rank; a sharded model reduces each time, to hold its share alone."""

@@ -108,7 +108,8 @@ class _Worker:
             self._save(folder)
             _export(folder, self._job, outcome)
 
-        parts = ablations(outcome.selected, self._fixed) if self._rank == 0 else {}
+        with self._watchdog.away():
+            parts = ablations(outcome.selected, self._fixed) if self._rank == 0 else {}
         self._report(save, outcome.as_dict() | parts)
 
     def _train(self, resume_from: Path | None) -> TrainOutcome:
@@ -132,8 +133,9 @@ class _Worker:
         )
 
     def _look(self, average: MemMCMAE) -> dict[str, float]:
-        found = self._held_out(average) if self._held_out else {}
-        return found | (health(average, self._fixed) if self._rank == 0 else {})
+        with self._watchdog.away():  # a look takes as long as it takes: a worker that ends would meet it again
+            found = self._held_out(average) if self._held_out else {}
+            return found | (health(average, self._fixed) if self._rank == 0 else {})
 
     def _log(self, metrics: Metrics) -> None:
         if self._rank == 0:

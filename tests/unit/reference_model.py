@@ -159,5 +159,8 @@ def reference_model(model: MemMCMAE, images: Tensor, ids_keep: Tensor) -> tuple[
                 variance = (target - target.mean()).square().sum() / (len(target) - 1)
                 target = (target - target.mean()) / torch.sqrt(variance + 1e-6)
             errors.append((prediction[patch] - target).square().mean())
+        if model.config.norm_pix_loss:
+            stacked = torch.stack(patches)
+            prediction = prediction * torch.sqrt(stacked.var(1, keepdim=True) + 1e-6) + stacked.mean(1, keepdim=True)
         predictions.append(prediction)
     return torch.stack(errors).mean(), torch.stack(predictions)

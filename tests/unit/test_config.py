@@ -54,6 +54,13 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path):
         load_config(tmp_path / "absent.toml")
 
 
+def test_the_papers_score_has_the_papers_passes_unless_told_otherwise():
+    paper = "score.scorer=pasted_ms_ssim"
+    assert load_config(overrides=[paper]).score.passes == 10
+    assert load_config(overrides=[paper, "score.passes=4"]).score.passes == 4
+    assert load_config().score.passes == 4
+
+
 def test_presets_fill_only_what_no_source_sets():
     config = load_config(overrides=["train.preset=base", "model.memory_slots=7"])
     assert (config.model.encoder_dim, config.model.patch_size, config.model.memory_slots) == (768, 16, 7)

@@ -122,14 +122,33 @@ def test_the_order_of_the_visible_patches_does_not_matter() -> None:
     torch.testing.assert_close(one.pred_BLP, other.pred_BLP, atol=1e-5, rtol=1e-5)
 
 
-def test_predict_equals_one_pass_per_mask() -> None:
-    model = build().eval()
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_predict_equals_one_pass_per_mask(norm_pix_loss: bool) -> None:
+    model = build(norm_pix_loss=norm_pix_loss).eval()
     images = images_of(model, 2)
     ids = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(n)) for n in range(2)]).view(2, 4, 4)
     together = model.predict(images, ids)
     assert together.shape == (2, 4, 16, 64)
     for mask in range(4):
         torch.testing.assert_close(together[:, mask], model(images, ids[:, mask]).pred_BLP, atol=1e-5, rtol=1e-5)
+
+
+def test_predictions_of_standardised_patches_come_in_the_unit_of_the_image() -> None:
+    model = build(norm_pix_loss=True).eval()
+    images = images_of(model, 2)
+    ids = torch.arange(4).expand(2, -1)
+    output = model(images, ids)
+    removed = output.mask_BL.bool()
+    patches = model.patchify(images)
+    torch.testing.assert_close(
+        output.pred_BLP[removed].mean(-1) - patches[removed].mean(-1),
+        patches[removed].std(-1) * model.decode(model.encode(patches, ids), ids)[removed].mean(-1),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    assert output.loss.item() == pytest.approx(
+        ((output.pred_BLP - patches)[removed] / patches[removed].std(-1, keepdim=True)).square().mean().item(), rel=1e-3
+    )
 
 
 def test_masks_follow_the_generator() -> None:
@@ -184,8 +203,11 @@ def test_bf16_autocast_stays_near_float32(gate: str) -> None:
     model = build(gate=gate, bottleneck_slots=0)
     images, generator = images_of(model, 8), torch.Generator
     exact = model(images, generator=generator().manual_seed(0))
+    seen: list[torch.dtype] = []
+    model.decoder.norm.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(images, generator=generator().manual_seed(0))
+    assert seen == [torch.float32]  # what blocks add to is not rounded
     assert rounded.loss.dtype == torch.float32
     assert 0 < (rounded.pred_BLP - exact.pred_BLP).abs().mean() / exact.pred_BLP.abs().mean() < 0.02
     names, parameters = zip(*model.named_parameters(), strict=True)

@@ -24,7 +24,7 @@ from memmc.pipeline.convert_chunk import (
 )
 from memmc.pipeline.labels import StatedLabels
 from memmc.pipeline.settle import check_balance, publish, settle
-from memmc.pipeline.train import pooled_statistics
+from memmc.pipeline.training_job import pooled_statistics
 from memmc.sources.objects import SourceObject
 from memmc.sources.open import open_source
 

@@ -21,7 +21,8 @@ from memmc.pipeline.models import OpenModel, tracking_of
 from memmc.pipeline.progress import Silent
 from memmc.pipeline.results import CalibrationResult
 from memmc.pipeline.runs import RunRecord, driving, unfinished
-from memmc.pipeline.train import _plan, train, training_job
+from memmc.pipeline.train import _plan, train
+from memmc.pipeline.training_job import training_job
 from memmc.registry.models import all_versions
 from memmc.training.distributed import Fitted
 
@@ -120,6 +121,14 @@ def test_too_few_held_out_normals_are_refused_before_anything_is_begun(
     stopping = load_config(overrides=[f"lake.uri={config.lake.uri}", *fewer, "score.early_stop=0.1"])
     with pytest.raises(GateRefused, match=r"at least 19 are needed; .* or set score\.early_stop=0$"):
         _plan(stopping, tmp_path, lake, "cxr")
+
+
+def test_all_images_kept_back_are_counted_and_some_are_looked_at(tmp_path: Path) -> None:
+    config, lake = normals_lake(tmp_path, 20, "train.validate_share=0.5")
+    lake.append(INSTANCES, normal_rows(4, 300, "train"))
+    plan, _ = _plan(config, tmp_path, lake, "cxr")
+    assert plan.held_out.num_rows == 64
+    assert plan.kept_back == 330 - plan.rows.num_rows > 64
 
 
 def test_a_run_pinned_to_too_few_held_out_normals_is_left_for_another(tmp_path: Path) -> None:

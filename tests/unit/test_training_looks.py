@@ -14,7 +14,7 @@ from test_training_loop import CONFIG, IMAGES, MODEL, run
 
 from memmc.errors import DataError
 from memmc.model.mae import MemMCMAE
-from memmc.pipeline.train import keep_back
+from memmc.pipeline.training_job import keep_back
 from memmc.training import looks, loop
 from memmc.training.looks import Fixed, HeldOut, ablations, auroc, health, patch_errors, quick_scores, with_lesions
 from memmc.training.peers import Alone
@@ -61,6 +61,20 @@ def test_errors_are_of_hidden_patches_alone() -> None:
         difference = (output.pred_BLP - model.patchify(HELD[3:4])).abs().mean(-1)[0]
         by_hand += torch.where(output.mask_BL[0] == 1, difference, 0.0) / 3
     torch.testing.assert_close(errors[3], by_hand, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.4, 0.6])
+def test_every_patch_is_hidden_and_shown_at_any_mask_ratio(ratio: float) -> None:
+    torch.manual_seed(0)
+    model = MemMCMAE(MODEL.model_copy(update={"mask_ratio": ratio}), 32).eval()
+    fixed = Fixed.of(HELD, model)
+    ids = fixed.ids_keep_VGK.flatten(1)
+    shown = torch.zeros(24, 16).scatter_add_(1, ids, torch.ones(ids.shape))
+    assert shown.min() >= 1
+    assert shown.max() < fixed.ids_keep_VGK.shape[1]
+    errors = patch_errors(model, fixed.images_VCHW, fixed.ids_keep_VGK)
+    assert errors.isfinite().all()
+    assert (errors > 0).all()
 
 
 def test_planted_lesions_are_told_by_a_model_that_knows_the_image_and_not_by_a_blind_one(
@@ -118,6 +132,12 @@ def test_health_and_ablations_leave_the_model_as_it_is(trained: MemMCMAE) -> Non
     assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
 
 
+def test_a_model_without_a_part_has_no_figure_of_it() -> None:
+    torch.manual_seed(0)
+    plain = MemMCMAE(MODEL.model_copy(update={"memory_slots": 0, "cross_attention": False}), 32).eval()
+    assert {*ablations(plain, Fixed.of(HELD[:4], plain))} == {"ablation/error"}
+
+
 def test_slow_looks_leave_most_of_the_time_to_training() -> None:
     began: list[float] = []
 
@@ -129,8 +149,8 @@ def test_slow_looks_leave_most_of_the_time_to_training() -> None:
     config = CONFIG.model_copy(update={"look_seconds": 1e-9, "max_steps": 120})
     run(config, on_look=slow)
     between = [later - earlier for earlier, later in pairwise(began[:-1])]  # the last look is the run's end
-    assert min(between, default=1.0) >= 0.05 / 0.2
-    assert began
+    assert between
+    assert min(between) >= 0.05 / 0.2
 
 
 def test_the_best_average_is_kept_through_a_restart_and_patience_ends_a_run(tmp_path, monkeypatch) -> None:

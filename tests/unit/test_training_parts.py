@@ -91,10 +91,7 @@ def test_standardise_takes_read_only_buffers_and_colour() -> None:
 def test_no_crop_and_no_turn_is_the_identity() -> None:
     images = torch.randn(3, 2, 16, 16)
     same = augment(images, 1.0, 0.0, torch.Generator().manual_seed(0))
-    # A side may still shrink to the aspect's bound; with the whole area none can grow, so compare the affines.
-    affines = random_affines(64, 1.0, 0.0, torch.Generator().manual_seed(0))
-    assert (affines[:, 0, 0].maximum(affines[:, 1, 1]) == 1.0).all()
-    assert same.shape == images.shape
+    torch.testing.assert_close(same, images, atol=1e-5, rtol=1e-5)
 
 
 def test_crops_stay_inside_the_image_and_within_their_bounds() -> None:
