@@ -4,6 +4,7 @@
 * ``ablation``: 10 minutes each of a plain MAE, one with memory, one with the multi-level decoder, both, and a plain MAE
   widened to as many parameters; memory and levels shut off when the model is judged, too;
 * ``gates``: 10 minutes each of the gates, every second level, no self-attention in the decoder;
+* ``choices``: 6 minutes each of other patches, mask ratios, slots, averages, and no augmentation;
 * ``high``: one run of 60 minutes at 128 px.
 
 Each table ends with controls: the training normals' mean image judged as a reconstruction is (what the score finds
@@ -49,7 +50,8 @@ class Question:
 
     Attributes:
         minutes: of each run.
-        variants: `model.*` fields by name; the first is the one that others are compared with. None: plain and wide.
+        variants: settings by name, `model.*` fields where no section is named; the first is the one that others are
+            compared with. None: plain and wide.
         settings: of all runs.
         seeds: most seeds.
     """
@@ -80,6 +82,19 @@ QUESTIONS = {
             "scalar gate": {"gate": "scalar"},
             "every second level": {"levels": "every_2"},
             "no decoder self-attention": {"decoder_self_attention": False},
+        },
+    ),
+    "choices": Question(
+        6,
+        {
+            "full": {},
+            "patches of 16 px": {"patch_size": 16},
+            "half hidden": {"mask_ratio": 0.5},
+            "no augmentation": {"train.crop_scale": 1.0, "train.rotate_degrees": 0},
+            "64 slots": {"memory_slots": 64},
+            "nine tenths hidden": {"mask_ratio": 0.9},
+            "patches of 4 px": {"patch_size": 4},
+            "average of a thousand steps": {"train.ema_decay": 0.999},
         },
     ),
     "high": Question(60, {"full": {}}, ("data.image_size=128", *SELECTION), seeds=1),
@@ -117,7 +132,8 @@ class Runs:
         base = load_config(overrides=settings)
         changes = question.variants[variant]
         changes = widened(base) if changes is None else changes
-        return load_config(overrides=[*settings, *(f"model.{key}={value}" for key, value in changes.items())])
+        named = [f"{key if '.' in key else f'model.{key}'}={value}" for key, value in changes.items()]
+        return load_config(overrides=[*settings, *named])
 
     def data(self, name: str, config: Config) -> QualitySet | None:
         at = (name, config.data.image_size)

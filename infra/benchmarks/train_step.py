@@ -6,7 +6,7 @@ clock is CPU time. ``literal`` is the default gate computed by the tests' loop o
 
 * share of the matmul rate: operations of the step per second, against those of the step's own matrix products, each
   timed alone on tensors of its shape;
-* share of both floors: the longer of operations / matmul rate and bytes / copy rate, against the step's time;
+* both floors of the step's time: operations / matmul rate, and bytes / copy rate;
 * activations: bytes of the distinct tensors kept for the backward pass, parameters left out.
 
 ::
