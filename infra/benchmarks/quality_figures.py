@@ -83,6 +83,12 @@ def resampled(data: QualitySet, scores: ArrayLike) -> NDArray[np.float64]:
     return bootstrap_values(data.abnormal_N, scores, data.test.patients, auroc, _RESAMPLINGS, 0)
 
 
+def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
+    """Return Spearman's correlation of scores without ties."""
+    ranks = [np.argsort(np.argsort(np.asarray(scores))) for scores in (one, other)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
 @dataclass(frozen=True)
 class Row:
     """One method on one set over seeds.

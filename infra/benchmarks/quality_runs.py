@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_figures import Row, Store, control_lines, judged, markdown
+from quality_figures import DEFAULT, Row, Store, control_lines, judged, markdown, rank_correlation
 from quality_model import LAST, SELECTED, fit, judge, parameters
 from quality_sets import QualitySet, read_set
 
@@ -188,9 +188,8 @@ def _table(data: QualitySet, question: Question, made: Mapping[tuple[str, int], 
                 lines.append((f"{title}: {score}", [scores[score] for scores in with_it]))
     if not lines:
         return "no run yet"
-    lines += [
-        (f"mean image: {score}", [values]) for score, values in judged(data, MeanImage(data.train.grey()))[0].items()
-    ]
+    without_model = judged(data, MeanImage(data.train.grey()))[0]
+    lines += [(f"mean image: {score}", [values]) for score, values in without_model.items()]
     rows = [(name, Row.of(data, scores)) for name, scores in lines]
     first = rows[0][1]
     cells = [(name, len(row.areas), row, "" if row is first else row.ahead_of(first)) for name, row in rows]
@@ -198,11 +197,16 @@ def _table(data: QualitySet, question: Question, made: Mapping[tuple[str, int], 
     controls = [(f"control: {name}", "", f"{area:.3f}", "") for name, area in run["controls"].items()]
     sizes = ", ".join(
         f"{variant} {made[variant, seed]['models'][LAST]['parameters']:,} parameters, "
-        f"{made[variant, seed]['training']['steps']} steps"
+        f"{made[variant, seed]['training']['steps']} steps, loss {made[variant, seed]['training']['loss']:.4f}, "
+        f"ranks as the mean image {rank_correlation(_default(made[variant, seed]), without_model[DEFAULT]):.2f}"
         for variant, seed in made
     )
     header = ("variant: score", "seeds", "AUROC, sd over seeds (95 % of patients)", f"minus {rows[0][0]}")
     return f"{markdown(header, [*cells, *controls])}\n\nRuns: {sizes}."
+
+
+def _default(run: Mapping[str, Any]) -> list[float]:
+    return run["models"][LAST]["scores"][DEFAULT]
 
 
 def main() -> int:

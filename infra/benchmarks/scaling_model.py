@@ -91,7 +91,9 @@ def table(args: argparse.Namespace) -> None:
     trainer = Trainer(config, PRESET_SIDES["base"], 1, argparse.Namespace(device="cpu", bf16=False, compile=False))
     kept = trainer.kept_bytes() / 2  # float32 there, bf16 on a GPU
     if args.gate != "channel":  # a GPU keeps contexts and queries of all levels, which a CPU computes anew
-        kept += 2 * 2.0 * config.decoder_depth * config.encoder_depth * (trainer.model.num_patches + 1) * config.decoder_dim
+        kept += (
+            2 * 2.0 * config.decoder_depth * config.encoder_depth * (trainer.model.num_patches + 1) * config.decoder_dim
+        )
     gradient = 4.0 * cost.parameters
     print(
         f"base, gate {args.gate}, 224 px: {cost.parameters / 1e6:.1f} M parameters, {cost.needed / 1e9:.1f} GFLOP/image"
