@@ -167,6 +167,8 @@ def _drawn(seed: str, num_patches: int, num_keep: int) -> Tensor:
 class PastedReconstruction(Reconstruction):
     """The image of each pass: predictions where the pass hid the patch, the image itself elsewhere.
 
+    Mean and variance are over all passes; a patch that none of them hid has the count 0.
+
     Attributes:
         pasted_PBCHW: in the unit of the model's input.
     """
@@ -241,7 +243,7 @@ class RunningReconstruction:
         Args:
             model: in evaluation mode.
             images_BCHW: standardised as in training.
-            max_batch: most images in one forward pass; passes are joined up to it.
+            max_batch: passes are joined while a forward pass has no more images than this.
         """
         self._model, self._images_BCHW, self._max_batch = model, images_BCHW, max_batch
         self._mean_BLD = torch.zeros_like(model.patchify(images_BCHW), dtype=torch.float32)
@@ -303,7 +305,7 @@ def reconstruct(
         model: in evaluation mode.
         images_BCHW: standardised as in training.
         ids_keep_BPK: visible patches of each pass, on any device.
-        max_batch: most images in one forward pass; passes are joined up to it.
+        max_batch: passes are joined while a forward pass has no more images than this.
 
     Raises:
         UsageError: a patch is visible in every pass, so nothing was predicted for it.
