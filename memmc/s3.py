@@ -140,6 +140,18 @@ def may_pass(error: Exception) -> bool:
     return bool(_PASSING.search(str(error).lower()))
 
 
+def table_error(error: Exception) -> StorageError:
+    """Return an error of the deltalake package as ours, with the remedy; the library's text holds paths and is dropped."""
+    text = str(error).lower()
+    if re.search(r"\b40[13]\b|forbidden|accessdenied|credential", text):
+        return StorageError("table storage: access refused; check AWS_ACCESS_KEY_ID, its secret and its rights")
+    if "no space" in text:
+        return StorageError("table storage: full; free space and run again")
+    return StorageError(
+        f"table storage: not reachable or not readable ({type(error).__name__}); check the lake URI and server"
+    )
+
+
 def _refused(status: int, code: str) -> S3Error:
     if code == "NoSuchBucket":
         error = S3Error("S3 storage: the bucket does not exist; make it or check the URI")

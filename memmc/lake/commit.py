@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from memmc.errors import DataError, StorageError
 from memmc.lake import log
 from memmc.lake.files import DataFile
@@ -65,6 +67,17 @@ class Commit:
         expected = {**self.turns, **self.holds}
         if any((delta.transaction_version(name) or 0) != number for name, number in expected.items()):
             raise LostTurnError(f"table '{self.table}': another run committed first; run again")
+
+    def check_removed(self, delta: DeltaTable) -> None:
+        """Refuse to replace what has been replaced: the rows would stand twice.
+
+        Raises:
+            LostTurnError: a shard to be removed is no longer part of the table.
+        """
+        if self.removed:
+            there = {f"{self.table}/{path}" for path in pa.table(delta.get_add_actions())["path"].to_pylist()}
+            if not there.issuperset(file.path for file in self.removed):
+                raise LostTurnError(f"table '{self.table}': another run has replaced the same shards; run again")
 
     def check_present(self, storage: Storage) -> None:
         """Refuse to publish what is not there: a vacuum may have met a run that slept longer than its lease.

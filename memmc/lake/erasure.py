@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from memmc.errors import IntegrityError, StorageError
 from memmc.lake.commit import LostTurnError
-from memmc.lake.files import DataFile, read_file, write_rows
+from memmc.lake.files import DataFile, again_when_absent, read_file, write_rows
 from memmc.lake.schemas import INSTANCES, schema_of
 from memmc.lake.shards import ShardFile, lineage_of, read_shard, write_shard
 from memmc.lake.tables import Lake
@@ -79,7 +79,7 @@ def find_subject(lake: Lake, column: Literal["patient_key", "study_uid"], value:
 
 def count_rows(lake: Lake, table: str, subject: Subject) -> int:
     """Return how many rows of the newest version are the subject's."""
-    return sum(_count(lake, table, subject, file) for file in _files(lake, table, subject))
+    return again_when_absent(lambda: sum(_count(lake, table, subject, file) for file in _files(lake, table, subject)))
 
 
 def erase_rows(
@@ -99,17 +99,21 @@ def erase_rows(
     """
     erased, removed = 0, set[str]()
     for number in range(1, ROUNDS + 1):
-        names = {turn_name(cohort) for cohort in _cohorts(lake, table, subject)} if table == INSTANCES else set[str]()
+        names = {f"erase {table}"}  # of two who rewrite one shard, the second would put back what the first took out
+        if table == INSTANCES:
+            names |= {turn_name(cohort) for cohort in _cohorts(lake, table, subject)}
         turns = {name: lake.turn(table, name) for name in names}  # read before what the commit rests on
-        holding = [file for file in _files(lake, table, subject) if _count(lake, table, subject, file)]
+        try:
+            holding = [file for file in _files(lake, table, subject) if _count(lake, table, subject, file)]
+            shards, gone = _without(lake, table, subject, holding)
+        except AbsentError:  # another erasure has just deleted what it replaced
+            continue
         if not holding:
             return erased, removed
-        shards, gone = _without(lake, table, subject, holding)
         try:
             lake.commit(table, shards, f"{run}-{table}", {"erasure": run}, step=number, turns=turns, remove=holding)
         except LostTurnError:
-            for shard in shards:
-                lake.storage.delete(shard.path)
+            _discard(lake, shards)
             continue
         erased += gone
         removed |= {file.path for file in holding}
@@ -184,21 +188,35 @@ def _cohorts(lake: Lake, table: str, subject: Subject) -> set[str]:
 
 
 def _without(lake: Lake, table: str, subject: Subject, holding: list[DataFile]) -> tuple[list[ShardFile], int]:
-    """Write the shards anew without the subject's rows, and the tombstones; return them and the number of rows gone."""
+    """Write the shards anew without the subject's rows, and the tombstones; return them and the number of rows gone.
+
+    Raises:
+        AbsentError: a shard is gone; nothing that was written is left.
+    """
     shards: list[ShardFile] = []
     stones: list[dict[str, Any]] = []
     gone = 0
-    for file in holding:
-        mask = subject.mask(read_file(lake.storage, table, file, _naming(table)))
-        kept = read_shard(lake.storage, file.path).filter(pc.call_function("invert", [mask]))
-        shards.append(write_shard(lake.storage, table, kept, file.partition, lineage_of(file.path)))
-        gone += file.num_rows - kept.num_rows
-        if table == INSTANCES:
-            rows = read_file(lake.storage, table, file, _KEPT).filter(mask)
-            stones += [tombstone(row) for row in rows.to_pylist()]
+    try:
+        for file in holding:
+            mask = subject.mask(read_file(lake.storage, table, file, _naming(table)))
+            kept = read_shard(lake.storage, file.path).filter(pc.call_function("invert", [mask]))
+            shards.append(write_shard(lake.storage, table, kept, file.partition, lineage_of(file.path)))
+            gone += file.num_rows - kept.num_rows
+            if table == INSTANCES:
+                rows = read_file(lake.storage, table, file, _KEPT).filter(mask)
+                stones += [tombstone(row) for row in rows.to_pylist()]
+    except AbsentError:
+        _discard(lake, shards)
+        raise
     if stones:
         shards += write_rows(lake.storage, table, pa.Table.from_pylist(stones))
     return shards, gone
+
+
+def _discard(lake: Lake, shards: list[ShardFile]) -> None:
+    """Delete what was written and will not be committed: it may hold rows that another erasure takes out."""
+    for shard in shards:
+        lake.storage.delete(shard.path)
 
 
 def _may_hold(lake: Lake, table: str, subject: Subject, path: str) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,6 +14,9 @@ from memmc.lake.evolution import optional_columns
 from memmc.lake.schemas import PARTITION_BY, conform, schema_of
 from memmc.lake.shards import ShardFile, read_shard, write_shard
 from memmc.lake.storage import Storage
+from memmc.s3 import AbsentError
+
+T = TypeVar("T")
 
 SHARD_BYTES = 128 << 20
 
@@ -126,3 +130,15 @@ def _cast(table: str, column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArr
             f"table '{table}', column '{field.name}': the lake holds {column.type}, this version of memmc "
             f"expects {field.type}; use the version that wrote the lake"
         ) from None
+
+
+def again_when_absent(look: Callable[[], T]) -> T:
+    """Look once more where a file is gone that was listed: an erasure may have replaced it since.
+
+    Raises:
+        AbsentError: it is gone again.
+    """
+    try:
+        return look()
+    except AbsentError:
+        return look()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import random
-import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +25,16 @@ from memmc.errors import DataError, IdentityKeyError, StorageError
 from memmc.lake import audit, log
 from memmc.lake.commit import Commit
 from memmc.lake.evolution import evolve
-from memmc.lake.files import DataFile, Filter, Value, read_file, select_rows, values, write_rows
+from memmc.lake.files import (
+    DataFile,
+    Filter,
+    Value,
+    again_when_absent,
+    read_file,
+    select_rows,
+    values,
+    write_rows,
+)
 from memmc.lake.schemas import INSTANCES, LABELS, PARTITION_BY, SCHEMAS, schema_of
 from memmc.lake.shards import BULK_COLUMNS, ShardFile, lineage_of
 from memmc.lake.storage import Storage
@@ -95,7 +103,7 @@ class Lake:
             The version that holds the commit.
 
         Raises:
-            LostTurnError: another commit of a turn's name came first.
+            LostTurnError: another commit of a turn's name came first, or a shard to be removed has been replaced.
             DataError: the table's schema cannot become the one that this code writes (`evolve`).
             StorageError: the place cannot be written, a shard is gone, or other writers won every attempt.
         """
@@ -114,7 +122,7 @@ class Lake:
             except (DeltaError, OSError) as error:
                 # What was lost may be the answer alone: then the next look finds the run's commit.
                 if not s3.may_pass(error) or time.monotonic() - begun > s3.RETRY_BUDGET_S:
-                    raise _storage_error(error) from None
+                    raise s3.table_error(error) from None
                 time.sleep(random.uniform(0.1, 0.5))
         raise StorageError(f"table '{table}': other writers won {COMMIT_ATTEMPTS} attempts in a row; run again")
 
@@ -126,6 +134,7 @@ class Lake:
         if version is not None:
             return version
         commit.check_turns(delta)
+        commit.check_removed(delta)
         if first:
             commit.check_present(self.storage)
         commit.write(delta)
@@ -224,21 +233,23 @@ class Lake:
         load = [*wanted, *(name for name in where if name not in wanted)]
         empty = pa.schema([schema.field(name) for name in load]).empty_table()
 
-        def load_file(file: DataFile) -> pa.Table:
-            try:
-                rows = read_file(self.storage, table, file, load)
-            except AbsentError:
-                if version is None or version == self.version(table):
-                    raise
-                raise DataError(
-                    f"table '{table}', version {version}: a vacuum has deleted shards that commits since have "
-                    "replaced; name a newer version"
-                ) from None
-            return select_rows(rows, where)
+        def parts() -> list[pa.Table]:
+            with ThreadPoolExecutor(READ_THREADS) as pool:
+                files = self._files(table, version, where)
+                return list(
+                    pool.map(lambda file: select_rows(read_file(self.storage, table, file, load), where), files)
+                )
 
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            parts = list(pool.map(load_file, self._files(table, version, where)))
-        return pa.concat_tables([empty, *parts]).select(wanted)
+        try:
+            found = again_when_absent(parts)
+        except AbsentError:
+            if version is None or version == self.version(table):
+                raise
+            raise DataError(
+                f"table '{table}', version {version}: a vacuum has deleted shards that commits since have "
+                "replaced; name a newer version"
+            ) from None
+        return pa.concat_tables([empty, *found]).select(wanted)
 
     def history(self, table: str, limit: int | None = None) -> list[dict[str, Any]]:
         """Return the commits, newest first, as `memmc.lake.log.commits` describes them."""
@@ -318,7 +329,7 @@ class Lake:
         try:
             return self._open(table).vacuum(hours, dry_run=dry_run, enforce_retention_duration=False, full=uncommitted)
         except (DeltaError, OSError) as error:
-            raise _storage_error(error) from None
+            raise s3.table_error(error) from None
 
     def _open(self, table: str, version: int | None = None) -> DeltaTable:
         from deltalake import DeltaTable
@@ -332,7 +343,7 @@ class Lake:
             except (DeltaError, OSError) as error:
                 if s3.may_pass(error):
                     if time.monotonic() - begun > s3.RETRY_BUDGET_S:
-                        raise _storage_error(error) from None
+                        raise s3.table_error(error) from None
                     time.sleep(random.uniform(0.1, 0.5))
                 elif version is not None and self.exists(table):
                     raise DataError(
@@ -342,7 +353,7 @@ class Lake:
                 elif isinstance(error, TableNotFoundError):
                     raise DataError(f"the lake has no table '{table}' yet; ingest, calibrate or score first") from None
                 else:
-                    raise _storage_error(error) from None
+                    raise s3.table_error(error) from None
 
     def _open_or_make(self, table: str) -> DeltaTable:
         """Open a table for writing: made when absent, with every column that this code writes."""
@@ -361,7 +372,7 @@ class Lake:
             )
         except (DeltaError, OSError) as error:
             if not self.exists(table):  # else another writer made it first
-                raise _storage_error(error) from None
+                raise s3.table_error(error) from None
         return self._open(table)
 
 
@@ -381,15 +392,3 @@ def _may_hold(action: Mapping[str, Any], partition: Mapping[str, str], name: str
         return partition[name] in allowed
     low, high = action.get(f"min.{name}"), action.get(f"max.{name}")
     return low is None or low != high or low in allowed
-
-
-def _storage_error(error: Exception) -> StorageError:
-    """Name the place and the remedy; the library's text holds paths and is dropped."""
-    text = str(error).lower()
-    if re.search(r"\b40[13]\b|forbidden|accessdenied|credential", text):
-        return StorageError("table storage: access refused; check AWS_ACCESS_KEY_ID, its secret and its rights")
-    if "no space" in text:
-        return StorageError("table storage: full; free space and run again")
-    return StorageError(
-        f"table storage: not reachable or not readable ({type(error).__name__}); check the lake URI and server"
-    )

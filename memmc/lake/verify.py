@@ -14,12 +14,13 @@ import pyarrow as pa
 from memmc.errors import IntegrityError
 from memmc.lake.files import DataFile, select_rows
 from memmc.lake.schemas import INSTANCES, PARTITION_BY, SCHEMAS, SCORES, schema_of
-from memmc.lake.shards import named_digest, parse_shard
+from memmc.lake.shards import lineage_of, named_digest, parse_shard
 from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
 from memmc.s3 import AbsentError
 
 VERIFY_THREADS = 4
+ABSENT = "absent"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def verify(lake: Lake, advance: Callable[[int, int], None] = lambda done, total:
     damages: list[Damage] = []
     done = 0
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-        problems = pool.map(lambda item: shard_problem(lake.storage, *item), shards)
+        problems = pool.map(lambda item: _problem(lake, *item), shards)
         for (table, file), problem in zip(shards, problems, strict=True):
             done += file.size
             advance(done, total)
@@ -90,12 +91,26 @@ def verify(lake: Lake, advance: Callable[[int, int], None] = lambda done, total:
     return Verdict(tables, cohorts, damages)
 
 
+def _problem(lake: Lake, table: str, file: DataFile) -> str | None:
+    """Return what is wrong with a shard; with its replacement, where an erasure has replaced it meanwhile."""
+    problem = shard_problem(lake.storage, table, file)
+    while problem == ABSENT:
+        newest = {lineage_of(other.path): other for other in lake.files(table)}.get(lineage_of(file.path))
+        if newest is None:  # no row of it is left
+            return None
+        if newest.path == file.path:
+            break
+        file = newest
+        problem = shard_problem(lake.storage, table, file)
+    return problem
+
+
 def shard_problem(storage: Storage, table: str, file: DataFile) -> str | None:
     """Return what is wrong with a committed shard, or None: presence, size, digests, page checksums, columns, rows."""
     try:
         data = storage.read(file.path)
     except AbsentError:
-        return "absent"
+        return ABSENT
     if len(data) != file.size:
         return f"{len(data)} bytes, {file.size} were committed"
     digest = named_digest(file.path)

@@ -28,8 +28,8 @@ from memmc.pipeline.identity import home_directory, identity_key
 from memmc.pipeline.labels import read_labels
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import IngestResult, PlanResult
-from memmc.pipeline.settle import failed_objects, publish, seen_objects, stands_for_object
-from memmc.pipeline.vault import vault_of
+from memmc.pipeline.settle import failed_objects, publish, refused_contents, seen_objects, stands_for_object
+from memmc.pipeline.vault import vault_of, withdraw
 from memmc.sources.objects import FILE_CHECKSUM, FILE_UNREADABLE, STORE_FAILURES, Cursor, SourceObject
 from memmc.sources.open import FileSource, open_source
 
@@ -98,6 +98,8 @@ def ingest(
             check_source(job, shards, len(new))
             metadata |= reached(planned, shards)
             version, shards, dropped = publish(lake, job, shards, len(new), metadata)
+        if job.vault is not None:
+            withdraw(job.vault, job.run, refused_contents(shards))
         rows = [row for shard in shards for row in shard.account if stands_for_object(job, row)]
         outcomes.update([row["outcome"] for row in rows] + ["duplicate"] * dropped)
         reasons.update([row["reason"] for row in rows if row["reason"]] + [ALREADY_INGESTED] * dropped)

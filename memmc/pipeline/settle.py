@@ -17,6 +17,7 @@ from memmc.sources.objects import RETRIABLE
 ROUNDS = 8  # of settling anew because another ingest of the cohort committed first
 
 Verdict = tuple[str, str] | None  # None: the row stays as it is
+_CONFLICT = "META_DUP_UID_CONFLICT"
 _KNOWN = ("", "already_ingested")
 _ERASED = ("excluded", ERASED)
 
@@ -99,7 +100,7 @@ def settle(
         if uid not in contents:
             contents[uid] = content
             return None
-        return ("duplicate", "same_object") if contents[uid] == content else ("quarantined", "META_DUP_UID_CONFLICT")
+        return ("duplicate", "same_object") if contents[uid] == content else ("quarantined", _CONFLICT)
 
     settled: list[WrittenShard] = []
     moved: dict[str, list[dict[str, Any]]] = {"duplicate": [], "quarantined": [], "excluded": []}
@@ -107,6 +108,12 @@ def settle(
         settled.extend(_rewritten(job, shard, verdict, moved))
     settled.extend(write_partition(job.storage, outcome, "none", rows) for outcome, rows in moved.items() if rows)
     return settled
+
+
+def refused_contents(shards: list[WrittenShard]) -> set[str]:
+    """Return the content keys of objects that were ready to be stored and were not: their originals are no one's."""
+    reasons = {_CONFLICT, ERASED}
+    return {row["content_key"] for shard in shards for row in shard.account if row["reason"] in reasons} - {""}
 
 
 def _rewritten(

@@ -2,7 +2,8 @@
 
 Ingest writes sealed entries and cannot read them. Nothing of it lies in the
 lake, and the lake works without it. An entry may be there twice, when a run was
-killed and repeated; the last one written counts.
+killed and repeated. A UID may have entries of different objects, when another
+object claimed it and was refused; the stored one's counts.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import pyarrow as pa
@@ -27,11 +29,17 @@ from memmc.config import Config
 from memmc.dicom.vault import open_originals, vault_key_id
 from memmc.errors import ConfigError, IdentityKeyError, IntegrityError, UsageError
 from memmc.lake.audit import Head, record_name
+from memmc.lake.lock import locked
+from memmc.lake.schemas import INSTANCES
 from memmc.lake.storage import Storage
+from memmc.lake.tables import Lake
 from memmc.pipeline.audit import has_trail, note, note_in
 from memmc.pipeline.results import Result
+from memmc.s3 import AbsentError
 
 ENTRIES = "entries"
+_REWRITING = "_rewriting"  # the lock of those who rewrite entries
+_LOOKS = 5  # at entries that are rewritten meanwhile
 _PSEUDONYM = re.compile(r"2\.25\.[0-9]{1,39}")
 _RECORDED_AT_ONCE = 200
 SCHEMA: Final = pa.schema(
@@ -46,6 +54,7 @@ SCHEMA: Final = pa.schema(
         pa.field("vault_key_id", pa.string(), nullable=False),
         pa.field("ingest_run", pa.string(), nullable=False),
         pa.field("sealed_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("content_key", pa.string()),  # of the object that it was read from; entries of old have none
     ]
 )
 
@@ -61,11 +70,18 @@ class VaultKeys(Result):
 
 @dataclass(frozen=True)
 class Resolved(Result):
-    """Originals by pseudonym; patient data. `missing` are the pseudonyms the vault does not know."""
+    """Originals by pseudonym; patient data.
+
+    Attributes:
+        missing: the pseudonyms without an answer.
+        ambiguous: those of them that the vault knows, but of other objects than the stored one, or of several that
+            disagree while the lake does not tell which is stored.
+    """
 
     originals: dict[str, dict[str, str]]
     missing: list[str]
     audit: str
+    ambiguous: list[str] = field(default_factory=list[str])
 
 
 def vault_of(config: Config) -> tuple[Storage, bytes] | None:
@@ -119,15 +135,21 @@ def write_entries(vault: Storage, public_key: bytes, rows: Sequence[dict[str, An
 def _write(vault: Storage, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    vault.write(f"{ENTRIES}/{uuid.uuid4().hex}.parquet", sink.getvalue().to_pybytes())
+    run = table["ingest_run"][0].as_py()
+    vault.write(f"{ENTRIES}/{run}-{uuid.uuid4().hex}.parquet", sink.getvalue().to_pybytes())
 
 
 def _read(vault: Storage, name: str) -> pa.Table:
+    """Return the entries of a file; columns that were not written of old are null."""
     try:
         with pq.ParquetFile(pa.BufferReader(vault.read(name)), page_checksum_verification=True) as file:
-            return file.read(SCHEMA.names)
+            absent = [one for one in SCHEMA if one.nullable and one.name not in file.schema_arrow.names]
+            table = file.read([one.name for one in SCHEMA if one not in absent])
     except (pa.ArrowException, OSError, KeyError):
         raise IntegrityError("a file of the vault is damaged; restore it from a copy") from None
+    for one in absent:
+        table = table.append_column(one, pa.nulls(table.num_rows, one.type))
+    return table.select(SCHEMA.names)
 
 
 def make_keys(private_key_file: Path, public_key_file: Path, passphrase: str | None) -> VaultKeys:
@@ -207,24 +229,64 @@ def resolve(config: Config, uids: Iterable[str], private_key: X25519PrivateKey) 
     if not asked:
         raise UsageError("no pseudonym given; --uids takes a file with one sop_instance_uid a line, or - for stdin")
     own = vault_key_id(private_key.public_key().public_bytes_raw())
-    entries = {row["sop_instance_uid"]: row for row in _entries(vault, asked)}
-    originals = {
-        uid: open_originals(entries[uid]["sealed"], entries[uid]["object_uid"], private_key)
-        for uid in asked
-        if uid in entries
-    }
+    entries, stored = _entries(vault, asked), _stored(config, asked)
+    opened = {uid: _opened(entries[uid], stored[uid], own, private_key) for uid in asked if uid in entries}
+    originals = {uid: found for uid, found in opened.items() if found is not None}
     audit = _record(config, vault, own, asked, len(originals))
-    return Resolved(originals, [uid for uid in asked if uid not in originals], audit)
+    missing = [uid for uid in asked if uid not in originals]
+    return Resolved(originals, missing, audit, [uid for uid in missing if uid in opened])
 
 
-def _entries(vault: Storage, uids: list[str]) -> Iterator[dict[str, Any]]:
+def _entries(vault: Storage, uids: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return the entries of each UID, in the order of sealing."""
+    for _ in range(_LOOKS - 1):
+        try:
+            return _entries_now(vault, uids)
+        except AbsentError:  # `forget` has just replaced a file
+            continue
+    return _entries_now(vault, uids)
+
+
+def _entries_now(vault: Storage, uids: list[str]) -> dict[str, list[dict[str, Any]]]:
     wanted = pc.SetLookupOptions(value_set=pa.array(uids))
     found: list[dict[str, Any]] = []
     for name in vault.list(ENTRIES):
         table = _read(vault, name)
         mask = pc.call_function("is_in", [table["sop_instance_uid"]], wanted)
         found += table.filter(mask).to_pylist()
-    yield from sorted(found, key=lambda row: row["sealed_at"])
+    entries: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in sorted(found, key=lambda row: row["sealed_at"]):
+        entries[row["sop_instance_uid"]].append(row)
+    return entries
+
+
+def _stored(config: Config, uids: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Return content and patient keys of the stored instances of each UID, as far as there is a lake here."""
+    stored: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    lake = Lake(config.lake.uri)
+    if lake.exists(INSTANCES):
+        where = {"outcome": "stored", "sop_instance_uid": uids}
+        for row in lake.read(INSTANCES, ["sop_instance_uid", "content_key", "patient_key"], filter=where).to_pylist():
+            stored[row["sop_instance_uid"]].append(row)
+    return stored
+
+
+def _opened(
+    entries: list[dict[str, Any]], stored: list[dict[str, Any]], own: str, private_key: X25519PrivateKey
+) -> dict[str, str] | None:
+    """Return the originals of one UID; None where the entries are of another object, or disagree."""
+    contents, patients = ({row[name] for row in stored} for name in ("content_key", "patient_key"))
+    fitting = [
+        entry
+        for entry in entries
+        if not stored
+        or (entry["content_key"] in contents if entry["content_key"] else entry["patient_key"] in patients)
+    ]
+    if len({entry["patient_key"] for entry in fitting}) != 1:
+        return None
+    openable = [entry for entry in fitting if entry["vault_key_id"] == own] or fitting[-1:]
+    found = [open_originals(entry["sealed"], entry["object_uid"], private_key) for entry in openable]
+    return found[-1] if all(one == found[-1] for one in found) else None
 
 
 def forget(config: Config, column: str, pseudonym: str) -> int:
@@ -242,9 +304,45 @@ def forget(config: Config, column: str, pseudonym: str) -> int:
     if config.deid.vault_uri is None:
         return 0
     vault, removed = Storage.open(config.deid.vault_uri), 0
-    for name in vault.list(ENTRIES):
+
+    def others(table: pa.Table) -> Any:
+        return pc.call_function("not_equal", [table[column], pa.scalar(pseudonym)])
+
+    with locked(vault, _REWRITING):
+        while found := _keep(vault, vault.list(ENTRIES), others):  # an ingest may write meanwhile
+            removed += found
+    return removed
+
+
+def withdraw(vault: Storage, run: str, contents: Collection[str]) -> int:
+    """Remove the entries that a run has sealed of objects which were then not stored; return how many.
+
+    Args:
+        run: of the ingest.
+        contents: content keys.
+
+    Raises:
+        StorageError: the vault cannot be read or written.
+        IntegrityError: a file of it is damaged.
+    """
+    if not contents:
+        return 0
+    refused = pc.SetLookupOptions(value_set=pa.array(sorted(contents), pa.string()))
+
+    def others(table: pa.Table) -> Any:
+        return pc.call_function("invert", [pc.call_function("is_in", [table["content_key"]], refused)])
+
+    with locked(vault, _REWRITING):
+        own = [name for name in vault.list(ENTRIES) if PurePosixPath(name).name.startswith(f"{run}-")]
+        return _keep(vault, own, others)
+
+
+def _keep(vault: Storage, names: Iterable[str], wanted: Callable[[pa.Table], Any]) -> int:
+    """Keep the wanted entries of files; return how many went. The caller holds the lock."""
+    removed = 0
+    for name in names:
         table = _read(vault, name)
-        kept = table.filter(pc.call_function("not_equal", [table[column], pa.scalar(pseudonym)]))
+        kept = table.filter(wanted(table))
         if kept.num_rows == table.num_rows:
             continue
         if kept.num_rows:

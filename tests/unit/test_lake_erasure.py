@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memmc.lake import erasure
+from memmc.lake.commit import LostTurnError
 from memmc.lake.erasure import ERASED, Subject, count_rows, erase_rows, erased_contents, find_subject, purge
 from memmc.lake.files import write_rows
 from memmc.lake.schemas import INSTANCES, LABELS, SCORES
@@ -235,6 +236,90 @@ def test_another_ingests_commit_is_met(lake, monkeypatch):
     erase(lake, find_subject(lake, "patient_key", patient(1), None))
     assert done and patient(1).encode() not in bytes_of(lake)
     assert lake.read(INSTANCES, ["object_key"]).num_rows == 34 and not verify(lake).damages
+
+
+@pytest.mark.parametrize("table", [SCORES, LABELS, INSTANCES])
+def test_two_erasures_at_once(lake, monkeypatch, table):
+    """The second commits while the first has written its shards and not yet committed them."""
+    mine, other = (find_subject(lake, "patient_key", patient(number), None) for number in (1, 2))
+    kept = [row for row in everything(lake, table) if row["sop_instance_uid"] not in mine.uids | other.uids]
+    real, done = erasure._without, []
+
+    def slow(*arguments):
+        found = real(*arguments)
+        if not done:
+            done.append(1)
+            _, removed = erase_rows(lake, table, other, "other", "ingest {}".format)
+            purge(lake, table, other, removed, 24)
+        return found
+
+    monkeypatch.setattr(erasure, "_without", slow)
+    _, removed = erase_rows(lake, table, mine, "mine", "ingest {}".format)
+    purge(lake, table, mine, removed, 24)
+    assert [row for row in everything(lake, table) if row.get("reason") != ERASED] == kept
+    assert not [
+        damage for damage in verify(lake).damages if damage.table == table and "more than once" in damage.problem
+    ]
+
+
+def test_what_was_replaced_is_not_replaced_again(lake):
+    (old, *_), subject = lake.files(LABELS), find_subject(lake, "patient_key", patient(1), None)
+    erase_rows(lake, LABELS, subject, "first", str)
+    with pytest.raises(LostTurnError):
+        lake.commit(LABELS, [], "second", remove=[old])
+
+
+def erased_by_another(lake: Lake, table: str) -> None:
+    subject = find_subject(lake, "patient_key", patient(2), None)
+    _, removed = erase_rows(lake, table, subject, "other", str)
+    purge(lake, table, subject, removed, 24)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_reader_meets_an_erasure(lake, monkeypatch, pinned):
+    from memmc.lake import tables
+
+    real, done = tables.read_file, []
+    version = lake.version(LABELS) if pinned else None
+
+    def slow(*arguments):
+        if not done:
+            done.append(1)
+            erased_by_another(lake, LABELS)
+        return real(*arguments)
+
+    monkeypatch.setattr(tables, "READ_THREADS", 1)
+    monkeypatch.setattr(tables, "read_file", slow)
+    assert lake.read(LABELS, version=version).num_rows == 28 - 7 and done
+
+
+def test_verify_meets_an_erasure(lake, monkeypatch):
+    from memmc.lake import verify as module
+
+    real, done = module.shard_problem, []
+
+    def slow(*arguments):
+        if not done:
+            done.append(1)
+            erased_by_another(lake, SCORES)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "VERIFY_THREADS", 1)
+    monkeypatch.setattr(module, "shard_problem", slow)
+    assert not verify(lake).damages and done
+
+
+def test_counting_meets_an_erasure(lake, monkeypatch):
+    real, done = erasure._count, []
+
+    def slow(*arguments):
+        if not done:
+            done.append(1)
+            erased_by_another(lake, SCORES)
+        return real(*arguments)
+
+    monkeypatch.setattr(erasure, "_count", slow)
+    assert count_rows(lake, SCORES, find_subject(lake, "patient_key", patient(1), None)) == 6
 
 
 def test_appends_at_once_are_never_lost(lake):

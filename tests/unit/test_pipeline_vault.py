@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import stat
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -30,6 +32,7 @@ from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
 from memmc.phi.planes import local_items
 from memmc.phi.scan import Scan
+from memmc.pipeline import vault as module
 from memmc.pipeline.convert_chunk import IngestJob, convert_objects
 from memmc.pipeline.ingest import ingest
 from memmc.pipeline.labels import StatedLabels
@@ -202,6 +205,59 @@ def test_a_patient_is_forgotten(here: Path) -> None:
     assert (done.exit_code, json.loads(done.stdout)["missing"]) == (1, [uid])
     tables = [pq.read_table(path) for path in (here / "vault" / "entries").iterdir()]
     assert sum(table.num_rows for table in tables) == 1
+
+
+def claimant(root: Path, name: str = "b.dcm") -> None:
+    """Another patient's object under the UID of the first."""
+    item = dataset(SOPInstanceUID="1.2.3.1", PatientID="OTHER", AccessionNumber="ACC2")
+    (root / "in" / name).write_bytes(encoded(item))
+
+
+def test_who_claims_a_stored_uid_does_not_get_its_pseudonym(here: Path) -> None:
+    config = load_config(overrides=SETTINGS)
+    ingest(config, "in", "c")
+    claimant(here)
+    assert ingest(config, "in", "c").reasons == {"already_ingested": 1, "META_DUP_UID_CONFLICT": 1}
+    (uid,) = Lake("lake").read("instances", ["sop_instance_uid"], filter={"outcome": "stored"})["sop_instance_uid"]
+    assert json.loads(asked([str(uid)], "--set", "lake.uri=lake").stdout) == {str(uid): EXPECTED}
+    (entries,) = [pq.read_table(path) for path in (here / "vault" / "entries").iterdir()]
+    assert entries.num_rows == 1
+
+
+@pytest.mark.parametrize("of_old", [False, True])
+def test_a_uid_with_entries_of_two_patients(here: Path, of_old: bool) -> None:
+    (uid,) = ingested(here)
+    claimant(here, "a.dcm")
+    assert ingested(here, started=datetime(2026, 1, 2, tzinfo=UTC)) == [uid]
+    for path in (here / "vault" / "entries").iterdir() if of_old else ():
+        pq.write_table(pq.read_table(path).drop_columns(["content_key"]), path)
+    refused = json.loads(asked([uid], "--json").stdout)
+    assert (refused["originals"], refused["missing"], refused["ambiguous"]) == ({}, [uid], [uid])
+    (here / "key").write_bytes(KEY)
+    (here / "in" / "a.dcm").write_bytes(OBJECT)  # the lake tells which is stored
+    ingest(load_config(overrides=["deid.text=class", "lake.uri=lake2", "deid.key_file=key"]), "in", "c")
+    assert json.loads(asked([uid], "--set", "lake.uri=lake2").stdout) == {uid: EXPECTED}
+
+
+def test_two_who_forget_at_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = encoded(dataset(SOPInstanceUID="1.2.3.9", PatientID="OTHER"))
+    (here / "in" / "b.dcm").write_bytes(other)
+    ingested(here)
+    config = load_config(overrides=["deid.vault_uri=vault"])
+    mine, second = (str(convert(data, policy()).attributes["patient_key"]) for data in (OBJECT, other))
+    meanwhile = threading.Thread(target=forget, args=(config, "patient_key", second))
+    real = module._write  # pyright: ignore[reportPrivateUsage]
+
+    def write(vault: Storage, table: pa.Table) -> None:
+        if not meanwhile.ident:
+            meanwhile.start()
+            meanwhile.join(0.3)
+        real(vault, table)
+
+    monkeypatch.setattr(module, "_write", write)
+    assert forget(config, "patient_key", mine) == 1
+    meanwhile.join()
+    assert Storage.open("vault").list("entries") == []
 
 
 def test_what_is_erased_is_sealed_no_more_and_the_others_are(here: Path) -> None:
