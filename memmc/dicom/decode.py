@@ -59,7 +59,7 @@ _SAMPLES = {
 
 @dataclass(frozen=True)
 class Geometry:
-    """The Image Pixel module (PS3.3 C.7.6.3), checked."""
+    """The Image Pixel module (PS3.3 C.7.6.3), checked; `planar` is 1 for native pixels by colour plane alone."""
 
     rows: int
     columns: int
@@ -104,7 +104,9 @@ def check_geometry(instance: Instance, ingest: IngestConfig) -> Geometry:
         raise Rejected("META_DIMENSIONS")
     if frames * rows * columns * samples * max(allocated // 8, 1) > ingest.max_decoded_bytes:
         raise Rejected("PIX_LIMIT")
-    planar = 1 if samples == 3 and integer(dataset, "PlanarConfiguration") == 1 else 0
+    # Of compressed pixels the codestream says how samples lie, and decoders give them by pixel: PS3.5 8.2.
+    native = instance.transfer_syntax not in ENCAPSULATED
+    planar = 1 if native and samples == 3 and integer(dataset, "PlanarConfiguration") == 1 else 0
     geometry = Geometry(rows, columns, samples, allocated, stored, representation == 1, photometric, planar, frames)
     _check_native_length(instance, geometry)
     return geometry
@@ -245,8 +247,6 @@ def _decode_gdcm(stream: bytes, instance: Instance, geometry: Geometry) -> NDArr
     image.SetDataElement(element)
     interpretation = gdcm.PhotometricInterpretation.GetPIType(geometry.photometric)
     image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(interpretation))
-    if geometry.samples == 3:
-        image.SetPlanarConfiguration(geometry.planar)
     image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(instance.transfer_syntax)))
     allocated, stored = geometry.bits_allocated, geometry.bits_stored
     image.SetPixelFormat(gdcm.PixelFormat(geometry.samples, allocated, stored, stored - 1, int(geometry.signed)))
@@ -255,8 +255,6 @@ def _decode_gdcm(stream: bytes, instance: Instance, geometry: Geometry) -> NDArr
     decoded = np.frombuffer(raw, dtype="u1" if allocated == 8 else "<u2")
     if decoded.size != shape[0] * shape[1] * shape[2]:
         raise Rejected("PIX_DECODE_ERROR")
-    if geometry.samples == 3 and geometry.planar:
-        return decoded.reshape(shape[2], *shape[:2]).transpose(1, 2, 0)
     return decoded.reshape(shape if geometry.samples == 3 else shape[:2])
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
 from memmc.config import DataConfig
@@ -156,10 +157,26 @@ def _palette_table(instance: Instance, geometry: Geometry) -> NDArray[np.float64
     """Return the luminance of every palette entry, 0..1: PS3.3 C.7.9."""
     indices_V = np.arange(1 << geometry.bits_stored, dtype=np.uint16 if geometry.bits_stored > 8 else np.uint8)
     try:
-        colours_V3 = apply_color_lut(indices_V, instance.dataset)
+        colours_V3 = apply_color_lut(indices_V, _palette(instance))[:, :3]
+        bits = int(instance.dataset.RedPaletteColorLookupTableDescriptor[2])
     except (ValueError, TypeError, AttributeError, KeyError, IndexError):
         raise Rejected("PIX_LUT_INVALID") from None
-    return (colours_V3[:, :3].astype(np.int64) @ _LUMA) / (1000.0 * np.iinfo(colours_V3.dtype).max)
+    # Entries of 8 bits may lie in words of 16 (PS3.3 C.7.6.3.1.6); larger ones belie the descriptor.
+    top = 255 if bits == 8 and colours_V3.max() <= 255 else np.iinfo(colours_V3.dtype).max
+    return (colours_V3.astype(np.int64) @ _LUMA) / (1000.0 * top)
+
+
+def _palette(instance: Instance) -> Dataset:
+    """Return what holds the palette, its words little-endian; pydicom reads them in the machine's order."""
+    dataset = instance.dataset
+    if instance.little_endian or "RedPaletteColorLookupTableData" not in dataset:  # segments it reads as they are
+        return dataset
+    palette = Dataset()
+    for colour in ("Red", "Green", "Blue"):
+        table = f"{colour}PaletteColorLookupTable"
+        setattr(palette, f"{table}Descriptor", dataset[f"{table}Descriptor"].value)
+        setattr(palette, f"{table}Data", np.frombuffer(dataset[f"{table}Data"].value, ">u2").astype("<u2").tobytes())
+    return palette
 
 
 def fit_mask(mask_HW: NDArray[np.bool_], data: DataConfig) -> NDArray[np.bool_]:

@@ -31,8 +31,8 @@ REASONS: Mapping[str, str] = {
     "PARSE_TS_MISMATCH": "the data set is not encoded as its transfer syntax says",
     "PARSE_ERROR": "the header could not be read",
     "PARSE_CRASH": "the reading process died on the header, twice",
-    "PARSE_TIMEOUT": "the header took longer than ingest.timeout_s",
-    "PARSE_MEMORY": "the header took more than ingest.memory_bytes",
+    "PARSE_TIMEOUT": "the header took longer than ingest.timeout_s, twice",
+    "PARSE_MEMORY": "the header took more than ingest.memory_bytes, twice",
     "META_MISSING_TYPE1": "an attribute without which the object means nothing is absent or empty",
     "META_UID_INVALID": "a UID is not one (PS3.5 section 9)",
     "META_SOP_CLASS_UNSUPPORTED": "not an image class: report, waveform, segmentation, whole slide, private",
@@ -56,8 +56,8 @@ REASONS: Mapping[str, str] = {
     "PIX_CODESTREAM_MISMATCH": "the compressed stream and the header disagree on size, samples or process",
     "PIX_DECODE_ERROR": "the decoder refused the pixels",
     "PIX_DECODER_CRASH": "the decoder died, twice",
-    "PIX_DECODER_TIMEOUT": "the pixels took longer than ingest.timeout_s",
-    "PIX_DECODER_OOM": "the pixels took more than ingest.memory_bytes",
+    "PIX_DECODER_TIMEOUT": "the pixels took longer than ingest.timeout_s, twice",
+    "PIX_DECODER_OOM": "the pixels took more than ingest.memory_bytes, twice",
     "PIX_RANGE": "decoded values need more than Bits Stored",
     "PIX_PHOTOMETRIC_UNSUPPORTED": "unknown photometric interpretation, or one that contradicts the samples",
     "PIX_LUT_INVALID": "a lookup table or rescale that maps to nothing",
@@ -82,6 +82,9 @@ EXCLUDED: frozenset[str] = frozenset(
     }
 )
 """Healthy objects out of scope; any other reason means something is wrong or risky: quarantined."""
+
+OVERLOADED: frozenset[str] = frozenset({"PARSE_TIMEOUT", "PARSE_MEMORY", "PIX_DECODER_TIMEOUT", "PIX_DECODER_OOM"})
+"""Reasons that a loaded machine may give a healthy object; a later ingest tries it again."""
 
 
 class Rejected(Exception):

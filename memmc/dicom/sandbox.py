@@ -7,7 +7,8 @@
 
 The keeper imports everything once, applies the limits and forks a worker, which
 answers objects until it dies or has done its share; the keeper then forks the
-next in milliseconds. A hang costs keeper and worker. The object lies in memory
+next in milliseconds. A hang costs keeper and worker. What kills its process, hangs
+or fills the memory is tried once more, in a fresh worker. The object lies in memory
 that both sides map. The answer is read as data: JSON of known keys and patterns,
 and raw pixels, never unpickled; what does not fit counts as a crash. The
 identity key travels through that memory, never in the arguments or the
@@ -33,12 +34,11 @@ from typing import Any, ClassVar
 
 from memmc.dicom.convert import MAX_STORED_BYTES, Converted, ConvertPolicy, rejected
 from memmc.dicom.deidentify import ATTRIBUTES, NUMBERS, PATTERNS, Value
-from memmc.dicom.reasons import REASONS, outcome_of
+from memmc.dicom.reasons import OVERLOADED, REASONS, outcome_of
 from memmc.dicom.vault import MAX_SEALED_BYTES
 from memmc.dicom.worker import ANSWER, DIED, HEADER, READY, REQUEST, RESULT
 from memmc.errors import MemmcError
 
-MAX_ATTEMPTS = 2  # of an object that kills its process
 _START_TIMEOUT_S = 120.0
 _PIPE_BYTES = 1 << 20
 _KEPT_BYTES = 64 << 20  # shared memory that is kept from object to object
@@ -77,7 +77,7 @@ class Sandbox:
             self._stop()
 
     def convert(self, data: bytes | bytearray | memoryview) -> Converted:
-        """Convert one object; never raises for what the object holds, and returns within the time limit.
+        """Convert one object; never raises for what the object holds, and returns within twice the time limit.
 
         Raises:
             MemmcError: the child process cannot be started at all.
@@ -85,15 +85,10 @@ class Sandbox:
         if len(data) > self._policy.ingest.max_file_bytes:
             return rejected("FILE_TOO_LARGE")
         with self._lock:
-            lost = _Lost("", None, None)
-            for _ in range(MAX_ATTEMPTS):
+            answer = self._attempt(data)
+            if isinstance(answer, _Lost) or answer.reason in OVERLOADED:
                 answer = self._attempt(data)
-                if isinstance(answer, Converted):
-                    return answer
-                lost = answer
-                if lost.final:
-                    break
-            return rejected(lost.reason, lost.attributes)
+            return answer if isinstance(answer, Converted) else rejected(answer.reason, answer.attributes)
 
     def _attempt(self, data: bytes | bytearray | memoryview) -> Converted | _Lost:
         if self._keeper is None or not self._keeper.alive():
@@ -119,7 +114,7 @@ class _Lost:
     """An object whose process did not answer.
 
     Attributes:
-        final: another attempt would not help.
+        reason: code, as `attributes` for the row.
         keeper_lives: the keeper has forked another worker.
     """
 
@@ -134,7 +129,6 @@ class _Lost:
         decoding = attributes is not None
         self.attributes = attributes
         self.keeper_lives = keeper_lives
-        self.final = what == "TIMEOUT"
         if what == "TIMEOUT":
             self.reason = "PIX_DECODER_TIMEOUT" if decoding else "PARSE_TIMEOUT"
         elif died_of == signal.SIGKILL:  # the kernel's out-of-memory killer

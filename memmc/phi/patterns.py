@@ -30,7 +30,10 @@ _CONTEXT = 64  # bytes after a match that decide whether it is whole
 _DFA_BYTES = 256 << 10  # of patterns, up to which the faster and larger automaton is built
 _NUMERIC = re.compile(r"[0-9][0-9./:-]*[0-9]")
 _HEX = b"0123456789abcdef"
-_LEAST_HEX_RUN = 8
+_LEAST_HEX_RUN = 8  # with hexadecimal letters on both sides of a number
+_LEAST_HEX_NAME = 16  # with letters on one side: of a digest or of its beginning
+_UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_UUID_BYTES = 36
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,18 @@ def _is_whole(data: bytes, start: int, stop: int) -> bool:
         low -= 1
     while high < len(data) and high - start < _CONTEXT and data[high] in _HEX:
         high += 1
-    return (low, high) == (start, stop) or high - low < _LEAST_HEX_RUN
+    if low < start and high > stop:
+        return high - low < _LEAST_HEX_RUN
+    if (low, high) == (start, stop):
+        return True
+    # On one side alone the letters may as well be the end of a word, as in "file" or "ACC".
+    return high - low < _LEAST_HEX_NAME and not _in_uuid(data, start, stop)
+
+
+def _in_uuid(data: bytes, start: int, stop: int) -> bool:
+    around = data[max(0, start - _UUID_BYTES) : stop + _UUID_BYTES]
+    first, last = start - max(0, start - _UUID_BYTES), stop - max(0, start - _UUID_BYTES)
+    return any(found.start() <= first and last <= found.end() for found in _UUID.finditer(around))
 
 
 def spellings(value: str) -> list[str]:

@@ -23,6 +23,7 @@ import pyarrow as pa
 from memmc.config import SplitConfig
 from memmc.dicom.convert import Converted, ConvertPolicy, rejected
 from memmc.dicom.deidentify import content_key, frame_uid, object_key, seal_path
+from memmc.dicom.reasons import OVERLOADED
 from memmc.dicom.sandbox import Sandbox
 from memmc.errors import StorageError
 from memmc.lake.schemas import INSTANCES, SCHEMAS
@@ -48,8 +49,8 @@ class IngestJob:
     Attributes:
         vault: where sealed originals go; None without an identity vault.
         erased: content keys of erased objects, whose originals are not sealed again.
-        failed_before: object keys of rows that say of an object that it could not be fetched for now; when it fails
-            alike again, that says nothing new of the source.
+        failed_before: object keys of rows that say of an object that it could not be fetched or converted for now; when
+            it fails alike again, that says nothing new of the source.
     """
 
     run: str
@@ -161,21 +162,30 @@ def _fetch(job: IngestJob, item: SourceObject) -> _Fetched:
     try:
         data = job.source.fetch(item, job.policy.ingest.max_file_bytes)
     except FetchFailed as failure:
-        # What may pass by itself gets a key of its own: the row does not stand for what a later run may be given, and
-        # a later run that fails alike finds it (`memmc.pipeline.settle.publish`).
         passing = failure.retriable and not item.problem
-        return _Fetched(item, f"{item.modified} {failure.reason}" if passing else item.modified, reason=failure.reason)
+        version = _failed_version(item, failure.reason) if passing else item.modified
+        return _Fetched(item, version, reason=failure.reason)
     return _Fetched(item, item.modified, data, content_key(job.policy.key, data))
+
+
+def _failed_version(item: SourceObject, reason: str) -> str:
+    """Return the version in the key of a row of a failure that may pass.
+
+    It gets a key of its own: the row does not stand for what a later run may be given, and a later run that fails
+    alike finds it (`memmc.pipeline.settle.publish`).
+    """
+    return f"{item.modified} {reason}"
 
 
 def _row(job: IngestJob, fetched: _Fetched, converted: Converted) -> dict[str, Any]:
     item, stored = fetched.item, converted.outcome == "stored"
+    version = _failed_version(item, str(converted.reason)) if converted.reason in OVERLOADED else fetched.version
     attributes: Mapping[str, Any] = converted.attributes
     patient_key = attributes.get("patient_key")
     return {
         **attributes,
         "cohort": job.cohort,
-        "object_key": object_key(job.policy.key, job.source.uri, item.path, item.size, fetched.version),
+        "object_key": object_key(job.policy.key, job.source.uri, item.path, item.size, version),
         "source_ref": seal_path(job.policy.key, item.path),
         "outcome": converted.outcome,
         "split": split_of(str(patient_key), job.split) if stored else "none",

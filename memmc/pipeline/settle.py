@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from memmc.dicom.reasons import OVERLOADED
 from memmc.errors import AccountingError, StorageError
 from memmc.lake.commit import LostTurnError
 from memmc.lake.erasure import ERASED, erased_contents, tombstone
@@ -33,7 +34,8 @@ def publish(
     """Settle, balance and commit.
 
     Ingests of a cohort commit in turns. What another has accounted for since this one planned is dropped, so that two
-    runs over one tree leave each object once; so is an object that could not be read before and cannot be read now.
+    runs over one tree leave each object once; so is an object that failed before and fails alike now, for a reason
+    that may pass.
 
     Args:
         listed: objects that the shards must account for.
@@ -174,7 +176,7 @@ def failed_objects(lake: Lake, cohort: str) -> frozenset[str]:
     """Return the object keys of the cohort's rows of failures that may pass."""
     if not lake.exists(INSTANCES):
         return frozenset()
-    where = {"cohort": cohort, "outcome": "quarantined", "reason": sorted(RETRIABLE)}
+    where = {"cohort": cohort, "outcome": "quarantined", "reason": sorted(RETRIABLE | OVERLOADED)}
     return frozenset(lake.read(INSTANCES, ["object_key"], filter=where)["object_key"].to_pylist())
 
 

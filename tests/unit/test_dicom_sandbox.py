@@ -14,7 +14,7 @@ import pytest
 from dicom_instances import dataset, encoded, policy, texture
 
 from memmc.dicom.convert import convert
-from memmc.dicom.sandbox import Sandbox
+from memmc.dicom.sandbox import Sandbox, _Lost  # pyright: ignore[reportPrivateUsage]
 from memmc.dicom.worker import OBJECTS_PER_WORKER
 from memmc.errors import MemmcError
 
@@ -67,6 +67,24 @@ def test_a_crashing_object_is_tried_twice_and_the_restart_is_quick(box: Sandbox)
     finally:
         del box._attempt
     assert len(attempts) == 3
+
+
+@pytest.mark.parametrize("words", ["memory pixels", "time"])
+def test_what_may_pass_is_tried_again_in_a_fresh_worker(box: Sandbox, words: str) -> None:
+    workers: list[int] = []
+    original = box._attempt  # pyright: ignore[reportPrivateUsage]
+
+    def attempt(data: bytes) -> object:
+        workers.append(int(original(order("environment")).attributes["width"] or 0))  # type: ignore[union-attr]
+        return _Lost("TIMEOUT", None, None) if words == "time" and len(workers) == 1 else original(data)
+
+    box._attempt = attempt  # type: ignore[method-assign,assignment]
+    try:
+        answer = box.convert(GOOD if words == "time" else order(words))
+    finally:
+        del box._attempt
+    assert len(workers) == 2
+    assert (answer.reason, len(set(workers))) == ((None, 1) if words == "time" else ("PIX_DECODER_OOM", 2))
 
 
 @pytest.mark.slow

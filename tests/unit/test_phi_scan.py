@@ -100,6 +100,14 @@ def test_noise_holds_nothing(noise: bytes) -> None:
         ("0.19700704", False),
         ("2.25.8719700704331", False),
         ("9f3a19700704bb01c2", False),
+        ("a19700704b", False),
+        ("9f3abb01c219700704", False),
+        ("file19700704.dcm", True),
+        ("image19700704", True),
+        ("case19700704", True),
+        ("ACC19700704", True),
+        ("19700704ed", True),
+        ("0a1b2c3d-ffff-4fff-8fff-bbbb19700704", False),
     ],
 )
 def test_numbers_stand_for_themselves(text: str, hit: bool) -> None:

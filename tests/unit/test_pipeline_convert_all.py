@@ -14,6 +14,8 @@ from dicom_instances import dataset, encoded
 
 from memmc.config import Config, load_config
 from memmc.dicom.convert import rejected
+from memmc.dicom.reasons import OVERLOADED
+from memmc.dicom.sandbox import Sandbox
 from memmc.lake.tables import Lake
 from memmc.pipeline import convert_all
 from memmc.pipeline.convert_chunk import rows_of
@@ -155,3 +157,19 @@ def test_a_file_of_several_reads_is_whole(tmp_path, monkeypatch):
     assert READ_CHUNK_BYTES > 16 << 20  # else a radiograph is copied together
     monkeypatch.setattr(folder_s3, "READ_CHUNK_BYTES", 64)
     assert folder_s3.fetch(str(tmp_path), item, 1 << 20) == data
+
+
+@pytest.mark.parametrize("reason", sorted(OVERLOADED))
+def test_an_object_that_a_loaded_machine_did_not_convert_is_tried_again(place, monkeypatch, reason):
+    real, failing = Sandbox.convert, [True]
+
+    def convert(self, data):
+        return rejected(reason) if failing and bytes(data) == (place / "in" / "1").read_bytes() else real(self, data)
+
+    monkeypatch.setattr(Sandbox, "convert", convert)
+    first = ingest(settings(), "in", "c")
+    assert (first.stored, first.quarantined, first.reasons) == (2, 1, {reason: 1})
+    assert ingest(settings(), "in", "c").version == first.version
+    failing.clear()
+    healed = ingest(settings(), "in", "c")
+    assert (healed.stored, healed.duplicate) == (1, 2)
