@@ -7,7 +7,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from memmc.errors import StorageError
@@ -15,6 +15,7 @@ from memmc.errors import StorageError
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20
 RETRY_BUDGET_S = 30.0
+LEAST_RATE = 64 << 10  # bytes per second, below which a body is given up
 DEFAULT_REGION = "us-east-1"
 
 _CLIENT_ENVIRONMENT = (
@@ -121,6 +122,38 @@ def call(request: Callable[[Any], Any]) -> Any:
         pause = min(2 * pause, 5.0)
 
 
+def read_body(answer: Mapping[str, Any]) -> bytes:
+    """Return the body of an answer to `get_object`; one that drips is given up, however steadily it does.
+
+    It may take `READ_TIMEOUT_S`, and more by its size at `LEAST_RATE`.
+
+    Raises:
+        botocore.exceptions.BotoCoreError: which `call` knows.
+    """
+    from botocore.response import StreamingBody
+
+    size = answer.get("ContentLength")
+    deadline = time.monotonic() + READ_TIMEOUT_S + (size or 0) / LEAST_RATE
+    with answer["Body"] as stream:
+        return b"".join(StreamingBody(_Arriving(stream, deadline), size).iter_chunks(_CHUNK_BYTES))
+
+
+class _Arriving:
+    """A stream that gives what has come, instead of waiting for all that was asked for."""
+
+    def __init__(self, stream: Any, deadline: float) -> None:
+        self._stream = stream
+        self._deadline = deadline
+
+    def read(self, size: int) -> bytes:
+        from urllib3.exceptions import ReadTimeoutError
+
+        if time.monotonic() > self._deadline:
+            raise ReadTimeoutError(None, "", "the body drips")  # pyright: ignore[reportArgumentType]
+        return self._stream.read1(size)
+
+
+_CHUNK_BYTES = 1 << 20
 _AGAIN = frozenset({"BadDigest", "IncompleteBody", "RequestTimeout"})  # the body was spoilt or cut on its way
 
 
@@ -141,7 +174,7 @@ def may_pass(error: Exception) -> bool:
 
 
 def table_error(error: Exception) -> StorageError:
-    """Return an error of the deltalake package as ours, with the remedy; the library's text holds paths and is dropped."""
+    """Return an error of the deltalake package as ours, with the remedy; its text holds paths and is dropped."""
     text = str(error).lower()
     if re.search(r"\b40[13]\b|forbidden|accessdenied|credential", text):
         return StorageError("table storage: access refused; check AWS_ACCESS_KEY_ID, its secret and its rights")

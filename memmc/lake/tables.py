@@ -281,19 +281,20 @@ class Lake:
             rows = rows.set_column(index, schema.field("label"), pa.array(labels, pa.string()))
         return select_rows(rows, label_filter).select(wanted)
 
-    def check_key_id(self, key_id: str) -> None:
+    def check_key_id(self, key_id: str, *, tie: bool = True) -> None:
         """Tie the lake to an identity key at first use, and refuse any other key afterwards.
 
         Args:
             key_id: a public name of the key (a digest), never the key.
+            tie: False leaves a lake without a key as it is.
 
         Raises:
             IdentityKeyError: the lake was made with another key.
         """
-        if self.storage.create(IDENTITY_FILE, json.dumps({"key_id": key_id}).encode()):
+        if tie and self.storage.create(IDENTITY_FILE, json.dumps({"key_id": key_id}).encode()):
             return
         found = self.key_id()
-        if found != key_id:
+        if found != key_id and (tie or found is not None):
             raise IdentityKeyError(
                 f"this lake was made with identity key {found}, the key given is {key_id}; "
                 "give the lake's key (deid.key_file), or use another lake"

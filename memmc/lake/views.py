@@ -67,7 +67,7 @@ def parse_rule(conditions: Collection[str]) -> dict[str, tuple[Value, ...]]:
     """Return the rule that ``column=value,value`` texts state.
 
     Raises:
-        UsageError: no such column, no value, or a value that is not of its column's type.
+        UsageError: no such column, one that is given twice, no value, or a value that is not of its column's type.
     """
     rule: dict[str, tuple[Value, ...]] = {}
     for condition in conditions:
@@ -75,6 +75,8 @@ def parse_rule(conditions: Collection[str]) -> dict[str, tuple[Value, ...]]:
         given = tuple(part.strip() for part in text.split(",") if part.strip())
         if column not in RULE_COLUMNS or not given:
             raise UsageError(f"--where expects COLUMN=VALUE[,VALUE]; columns are {', '.join(RULE_COLUMNS)}")
+        if column in rule:
+            raise UsageError(f"--where {column} is given twice; give its values at once, as {column}=VALUE,VALUE")
         rule[column] = tuple(sorted({_typed(column, part) for part in given}, key=str))
     return rule
 

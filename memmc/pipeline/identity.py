@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import uuid
 from pathlib import Path
 
 from memmc.config import Config
@@ -30,11 +31,7 @@ def identity_key(config: Config, home: Path, progress: Progress | None = None) -
     if key is not None:
         return key
     path = home / _THROW_AWAY
-    if not path.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
+    if not path.exists() and _made(path):
         (progress or Silent()).message(
             f"No deid.key_file given: made a throw-away identity key, {path.relative_to(Path.cwd())}. "
             "Keep it: this lake's pseudonyms cannot be continued without it."
@@ -42,13 +39,40 @@ def identity_key(config: Config, home: Path, progress: Progress | None = None) -
     return load_key(str(path))
 
 
-def held_key(config: Config, home: Path) -> bytes | None:
+def _made(path: Path) -> bool:
+    """Make a key, whole or not at all; return False where another process was first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def key_for_preview(config: Config, home: Path, progress: Progress | None = None) -> bytes:
+    """Return the identity key; where the caller holds none, one that is forgotten. Nothing is written.
+
+    Raises:
+        IdentityKeyError: as `identity_key`.
+    """
+    return held_key(config, home, progress) or secrets.token_bytes(32)
+
+
+def held_key(config: Config, home: Path, progress: Progress | None = None) -> bytes | None:
     """Return the identity key if the caller holds one; never make one.
 
     Raises:
         IdentityKeyError: as `identity_key`.
     """
-    key = _given_key(config)
+    key = _given_key(config, progress)
     if key is not None:
         return key
     path = home / _THROW_AWAY

@@ -24,7 +24,7 @@ from memmc.pipeline.audit import recorded
 from memmc.pipeline.convert_all import convert_all
 from memmc.pipeline.convert_chunk import IngestJob, WrittenShard
 from memmc.pipeline.cursor import cursor_entry, last_cursor
-from memmc.pipeline.identity import home_directory, identity_key
+from memmc.pipeline.identity import home_directory, identity_key, key_for_preview
 from memmc.pipeline.labels import read_labels
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import IngestResult, PlanResult
@@ -130,9 +130,9 @@ def preview(
     labels_file: str | None = None,
     progress: Progress | None = None,
 ) -> PlanResult:
-    """Say what `ingest` would do; read the listing only and change nothing in the table."""
+    """Say what `ingest` would do; read the listing only and write nothing, not even a key."""
     check_cohort(cohort)
-    planned = plan(config, source, cohort, label, labels_file, progress or Silent())
+    planned = plan(config, source, cohort, label, labels_file, progress or Silent(), dry_run=True)
     known, new = planned.known, len(planned.new)
     labelled = sum(planned.job.labels.of(item.path, None) != "unknown" for item in planned.new)
     counts = {"objects listed": known + new, "already ingested": known, "new": new, "labelled": labelled}
@@ -169,18 +169,31 @@ class Plan:
 
 
 def plan(
-    config: Config, source: str, cohort: str, label: str | None, labels_file: str | None, progress: Progress
+    config: Config,
+    source: str,
+    cohort: str,
+    label: str | None,
+    labels_file: str | None,
+    progress: Progress,
+    *,
+    dry_run: bool = False,
 ) -> Plan:
-    """List the source and subtract what the table has seen."""
-    key = identity_key(config, home_directory(), progress)
+    """List the source and subtract what the table has seen.
+
+    Args:
+        dry_run: write nothing: make no key, do not tie the lake to one, do not try out the store.
+    """
+    find_key = key_for_preview if dry_run else identity_key
+    key = find_key(config, home_directory(), progress)
     vault, vault_key = vault_of(config) or (None, None)
     place = open_source(source, config.source, os.environ)
     lake = Lake(config.lake.uri)
     refuse_view(lake, cohort)
-    lake.check_key_id(key_id(key))
+    lake.check_key_id(key_id(key), tie=not dry_run)
     labels = read_labels(label, labels_file, key)
     progress.stage("list")
-    lake.probe()
+    if not dry_run:
+        lake.probe()
     seen = seen_objects(lake, cohort)
 
     def is_new(item: SourceObject) -> bool:

@@ -268,7 +268,7 @@ def _fetch_s3(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
         if answer["ContentLength"] > max_bytes:
             answer["Body"].close()
             raise FetchFailed(FILE_TOO_LARGE)
-        return answer["Body"].read()
+        return s3.read_body(answer)
 
     try:
         data = s3.call(request)

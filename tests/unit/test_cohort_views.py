@@ -149,6 +149,8 @@ def test_what_is_no_view_is_refused(lake):
         parse_rule(["label=healthy"])
     with pytest.raises(UsageError, match="whole numbers"):
         parse_rule(["patient_age_years=old"])
+    with pytest.raises(UsageError, match="twice"):
+        parse_rule(["view_position=PA", "view_position=AP"])
     with pytest.raises(DataError, match="no stored instance"):
         define(lake, "none", ("a",), parse_rule(["view_position=LL"]))
     with pytest.raises(UsageError, match="was ingested"):

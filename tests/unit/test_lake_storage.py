@@ -1,11 +1,15 @@
+import contextlib
 import errno
 import os
 import pickle
 import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from memmc import s3
 from memmc.errors import StorageError, UsageError
 from memmc.lake import storage as module
 from memmc.lake.storage import Storage
@@ -84,6 +88,70 @@ def test_probe_refuses_a_store_that_overwrites(tmp_path, monkeypatch):
     monkeypatch.setattr(Storage, "create", careless)
     with pytest.raises(StorageError, match="If-None-Match"):
         Storage.open(tmp_path).probe_conditional_put()
+
+
+def test_probe_knows_its_own_write_after_a_lost_answer(tmp_path, monkeypatch):
+    real, lost = Storage.create, [True]
+
+    def create(self: Storage, rel: str, data: bytes) -> bool:
+        return real(self, rel, data) and not (lost and lost.pop())
+
+    monkeypatch.setattr(Storage, "create", create)
+    Storage.open(tmp_path).probe_conditional_put()
+    assert not lost
+
+
+class Bucket(BaseHTTPRequestHandler):
+    """Answers every GET; drips where the key says so."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.server.clients.add(self.client_address)  # type: ignore[attr-defined]
+        body = b"x" * 3000
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if "drip" not in self.path:
+            self.wfile.write(body[:1000])
+            self.wfile.flush()
+            self.wfile.write(body[1000 : 2000 if "cut" in self.path else 3000])
+            self.close_connection = "cut" in self.path
+            return
+        with contextlib.suppress(OSError):
+            for _ in range(200):
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
+    server.clients = set()  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setattr(s3, "RETRY_BUDGET_S", 0.2)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_body_that_drips_is_given_up(bucket, monkeypatch):
+    storage = Storage.open("s3://b/p")
+    assert [storage.read("a"), storage.read_range("b", 0, 5)[0]] == [b"x" * 3000, b"xxxxx"]
+    assert len(bucket.clients) == 1  # one connection for both
+    with pytest.raises(StorageError, match="no answer"):
+        storage.read("cut")
+    monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.2)
+    begun = time.monotonic()
+    with pytest.raises(StorageError, match="no answer"):
+        storage.read("drip")
+    assert time.monotonic() - begun < 2
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

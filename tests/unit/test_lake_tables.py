@@ -195,8 +195,12 @@ def test_an_empty_run_commits(tmp_path):
 def test_one_identity_key_per_lake(tmp_path):
     lake = Lake(tmp_path)
     assert lake.key_id() is None
+    lake.check_key_id("k0", tie=False)
+    assert lake.key_id() is None
     lake.check_key_id("k1")
     lake.check_key_id("k1")
+    with pytest.raises(IdentityKeyError, match="made with identity key k1"):
+        lake.check_key_id("k2", tie=False)
     with pytest.raises(IdentityKeyError, match="made with identity key k1"):
         Lake(tmp_path).check_key_id("k2")
     lake.storage.write("_identity.json", b"{")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,11 +19,13 @@ from memmc.dicom.convert import convert
 from memmc.dicom.deidentify import content_key, date_shift_days, frame_uid, key_id, keyed_uid, object_key
 from memmc.errors import IdentityKeyError
 from memmc.lake.storage import Storage
+from memmc.lake.tables import Lake
 from memmc.phi.planes import local_items
 from memmc.phi.scan import Scan
 from memmc.pipeline import custody
 from memmc.pipeline.convert_chunk import IngestJob, convert_objects
 from memmc.pipeline.identity import held_key, identity_key
+from memmc.pipeline.ingest import preview
 from memmc.pipeline.labels import StatedLabels
 from memmc.pipeline.progress import Silent
 from memmc.sources.open import open_source
@@ -58,6 +62,34 @@ def test_a_verb_takes_it_out_of_the_environment(monkeypatch: pytest.MonkeyPatch)
     assert CliRunner().invoke(app, ["scan-phi", "--self-test"]).exit_code == 0
     assert "MEMMC_DEID_KEY" not in os.environ
     assert custody.handed_over() == ONE
+
+
+def test_of_processes_that_begin_together_all_get_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exists, together = Path.exists, threading.Barrier(4)
+
+    def seen(self: Path) -> bool:
+        found = exists(self)
+        if self.name == "deid.key":
+            together.wait(5)
+        return found
+
+    monkeypatch.setattr(Path, "exists", seen)
+    with ThreadPoolExecutor(4) as pool:
+        keys = list(pool.map(lambda _: identity_key(load_config(), tmp_path / ".memmc"), range(4)))
+    assert len(set(keys)) == 1
+    (file,) = (tmp_path / ".memmc").iterdir()
+    assert (file.name, file.stat().st_mode & 0o777) == ("deid.key", 0o600)
+
+
+def test_a_preview_makes_no_key_and_ties_no_lake(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.dcm").write_bytes(encoded(dataset()))
+    config = load_config(overrides=["lake.uri=lake"])
+    assert preview(config, "in", "c").counts["new"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    Lake("lake").check_key_id("another")
+    with pytest.raises(IdentityKeyError, match="made with identity key another"):
+        preview(config, "in", "c")
 
 
 def test_a_key_is_held_for_a_step() -> None:

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from memmc.config import load_config
+from memmc.errors import IntegrityError
 from memmc.lake.audit import HEAD
 from memmc.pipeline.retention import expire_checkpoints
 
@@ -58,6 +59,29 @@ def test_old_runs_go_and_others_stay(lake):
 def test_the_setting_is_what_decides(lake):
     config = load_config(overrides=[f"lake.uri={lake}", "lake.keep_checkpoints_days=20"])
     assert "train-cxr-new" in expire_checkpoints(config, dry_run=True).runs
+
+
+def test_a_run_that_is_taken_up_meanwhile_stays(lake, monkeypatch):
+    from memmc.lake.storage import Storage
+
+    config = load_config(overrides=[f"lake.uri={lake}"])
+    delete = Storage.delete
+
+    def taken_up(self, name):
+        beat = lake / "training" / "records" / "cxr" / "train-cxr-old" / "beat-0002.json"
+        beat.write_text(json.dumps({"at": time.time()}))
+        delete(self, name)
+
+    monkeypatch.setattr(Storage, "delete", taken_up)
+    assert expire_checkpoints(config, dry_run=False).runs == ["train-cxr-left-behind"]
+    assert "train-cxr-old" in kept(lake)
+
+
+@pytest.mark.parametrize("spoilt", ["", "{}", "[]", '{"at": null}'])
+def test_a_damaged_beat_says_what_to_do(lake, spoilt):
+    (lake / "training" / "records" / "cxr" / "train-cxr-old" / "beat-0001.json").write_text(spoilt)
+    with pytest.raises(IntegrityError, match=r"train-cxr-old is damaged.*delete"):
+        expire_checkpoints(load_config(overrides=[f"lake.uri={lake}"]), dry_run=True)
 
 
 def test_a_lake_without_training_has_nothing_to_expire(tmp_path):
