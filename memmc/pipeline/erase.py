@@ -110,6 +110,7 @@ def erase(
 ) -> EraseResult:
     """Take a patient or a study out of every table, then out of every file.
 
+    Entries of the identity vault go with an erasure from all cohorts; where they stay, `progress` is told why.
     Runs that score meanwhile commit no row of it afterwards (`ScoreLedger.commit`); what other writers commit meanwhile
     is taken out by a second look. May be run again after it was killed anywhere.
 
@@ -124,6 +125,9 @@ def erase(
     lake = Lake(config.lake.uri)
     if cohort is not None:
         refuse_view(lake, cohort)
+    vault_stays = _why_the_vault_stays(config, cohort)
+    if vault_stays:
+        progress.message(vault_stays)
     subject = find_subject(lake, _COLUMN[kind], pseudonym, cohort)
     tables = [table for table in SCHEMAS if is_of_patients(table) and lake.exists(table) and table != INSTANCES]
     tables.append(INSTANCES)  # last: as long as its rows stand, the rerun of a killed erasure finds all else by them
@@ -137,7 +141,7 @@ def erase(
         writers = running(lake.storage)
         for name in reports:
             lake.storage.delete(name)
-        if config.deid.vault_uri is not None and cohort is None:
+        if not vault_stays:
             rows["vault"] = forget(config, subject.column, subject.value)
         with lease(lake, run):
             gone, files, waiting = _erase_tables(config, lake, subject, tables, run, progress)
@@ -159,6 +163,15 @@ def erase(
         entry = {**result.as_dict(), "kind": kind, "at": datetime.now(UTC).isoformat(timespec="seconds")}
         lake.storage.write(result.record, json.dumps(entry, indent=1).encode())
     return result
+
+
+def _why_the_vault_stays(config: Config, cohort: str | None) -> str:
+    """Return why no entry of an identity vault is removed, or nothing where they are."""
+    if config.deid.vault_uri is None:
+        return "No deid.vault_uri is given: if this lake has an identity vault, its entries stay; erase again with it"
+    if cohort is not None:
+        return "Entries of the identity vault name no cohort and stay; only an erasure without --cohort removes them"
+    return ""
 
 
 def _erase_tables(

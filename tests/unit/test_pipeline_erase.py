@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from memmc.cli.erase import summary
 from memmc.cli.main import app
-from memmc.config import TrackingConfig
+from memmc.config import TrackingConfig, load_config
 from memmc.dicom.deidentify import key_id, keyed_patient, keyed_uid, load_key
 from memmc.errors import IntegrityError, MemmcError, ModelError, StorageError
 from memmc.lake.schemas import CALIBRATIONS, INSTANCES, LABELS, SCORES
@@ -19,6 +19,7 @@ from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
 from memmc.lake.views import define, parse_rule
 from memmc.pipeline import erase as module
+from memmc.pipeline.progress import Silent
 from memmc.pipeline.vault import write_entries
 from memmc.registry.models import ModelVersion, all_versions, register
 from memmc.registry.tracking import open_tracking
@@ -213,9 +214,25 @@ def test_the_vault_forgets_too(lake):
     assert 0 < mine < len(entries)
     done = erase(lake, "--patient", "-", "--set", f"deid.vault_uri={root / 'vault'}", text=f"{ORIGINAL}\n")
     assert done["rows"]["vault"] == mine
-    (left,) = (pq.read_table(root / "vault" / name) for name in vault.list())
+    (left,) = (pq.read_table(root / "vault" / name) for name in vault.list("entries"))
     assert left.num_rows == len(entries) - mine
     assert keyed_patient(key, ORIGINAL) not in left["patient_key"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("vault", "cohort", "word"), [(None, None, "No deid.vault_uri"), ("vault", "a", "--cohort"), ("vault", None, "")]
+)
+def test_a_vault_that_keeps_its_entries_is_said(lake, vault, cohort, word):
+    said = []
+
+    class Heard(Silent):
+        def message(self, text):
+            said.append(text)
+
+    place = [f"deid.vault_uri={lake.storage.local_path().parent / vault}"] if vault else []
+    config = load_config(overrides=[f"lake.uri={lake.uri}", *place])
+    module.erase(config, "patient", patient(3), cohort, dry_run=True, progress=Heard())
+    assert [word in text for text in said] == ([True] if word else [])
 
 
 def test_a_study_by_its_pseudonym(lake):
