@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from memmc.config import Config
 from memmc.dicom.vault import open_originals, vault_key_id
-from memmc.errors import ConfigError, IdentityKeyError, IntegrityError, UsageError
+from memmc.errors import ConfigError, DataError, IdentityKeyError, IntegrityError, StorageError, UsageError
 from memmc.lake.audit import Head, record_name
 from memmc.lake.lock import locked
 from memmc.lake.schemas import INSTANCES
@@ -261,13 +261,17 @@ def _entries_now(vault: Storage, uids: list[str]) -> dict[str, list[dict[str, An
 
 
 def _stored(config: Config, uids: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Return content and patient keys of the stored instances of each UID, as far as there is a lake here."""
+    """Return content and patient keys of the stored instances of each UID, where there is a lake that may be read."""
     stored: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    lake = Lake(config.lake.uri)
-    if lake.exists(INSTANCES):
-        where = {"outcome": "stored", "sop_instance_uid": uids}
-        for row in lake.read(INSTANCES, ["sop_instance_uid", "content_key", "patient_key"], filter=where).to_pylist():
-            stored[row["sop_instance_uid"]].append(row)
+    lake, names = Lake(config.lake.uri), ["sop_instance_uid", "content_key", "patient_key"]
+    try:
+        rows = lake.read(INSTANCES, names, filter={"outcome": "stored", "sop_instance_uid": uids}).to_pylist()
+    except IntegrityError:
+        raise
+    except (DataError, StorageError):  # who may read the vault need not be let into the lake's tables
+        return stored
+    for row in rows:
+        stored[row["sop_instance_uid"]].append(row)
     return stored
 
 
