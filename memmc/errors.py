@@ -11,6 +11,7 @@
     |   +-- IntegrityError          bytes read differ from bytes written
     |   +-- PreprocessMismatch      model and pixels were prepared differently
     |   +-- IdentityKeyError        no key, or not the key this lake was made with
+    |   +-- MissingClassError       no normal, or no abnormal, image to measure on
     +-- StorageError            exit 1: a place could not be read or written
     +-- DeadlineError           exit 1: a step took longer than it may
     +-- ModelError              exit 1: a model is missing, unfinished or unreadable
@@ -66,6 +67,10 @@ class PreprocessMismatch(DataError):
 
 class IdentityKeyError(DataError):
     """The de-identification key is missing, malformed, or not this lake's."""
+
+
+class MissingClassError(DataError):
+    """One of the two labels is missing among the images that could be measured on."""
 
 
 class StorageError(MemmcError):

@@ -30,13 +30,14 @@ class Provenance:
     Attributes:
         model: "name/version".
         model_digest: 16 hex digits over weights and description.
-        dataset_version: version of the `instances` table that was read.
+        dataset_version: version of the `instances` table that the model was trained on.
         preprocess_id: 16 hex digits naming the preparation of pixels.
         config_id: 16 hex digits naming the configuration.
         seeds: seed per step.
         durations_s: wall time per step, s.
         versions: version per package.
         config_text: the whole configuration as text (TOML or JSON).
+        tables_read: version of each table that images and labels of the report were read from.
     """
 
     model: str
@@ -48,17 +49,28 @@ class Provenance:
     durations_s: Mapping[str, float] = field(default_factory=dict[str, float])
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     config_text: str | None = None
+    tables_read: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass(frozen=True)
+class StratumFacts:
+    """A stratum whose images are judged by its own held-out normals."""
+
+    stratum: str
+    threshold: float
+    num_normals: int
 
 
 @dataclass(frozen=True)
 class CalibrationFacts:
-    """The threshold and where it comes from.
+    """The thresholds and where they come from.
 
     Attributes:
         false_positive_rate: the rate that was chosen.
-        threshold: anomaly score above which an image is flagged.
-        num_normals: held-out normal images behind it.
+        threshold: pooled: the anomaly score above which an image is flagged whose stratum has none of its own.
+        num_normals: held-out normal images of all strata together, behind the pooled threshold.
         map_scale: map value at the top of the colour scale, the same for every image.
+        strata: those with a threshold of their own, by name.
     """
 
     calibration_id: str
@@ -67,6 +79,7 @@ class CalibrationFacts:
     threshold: float
     num_normals: int
     map_scale: float
+    strata: tuple[StratumFacts, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -255,9 +268,10 @@ class Localisation:
     """Agreement of maps and lesion masks.
 
     Attributes:
-        num_images: images with a mask.
+        num_images: abnormal images with a mask that has a pixel.
         dice: at the calibrated level; None where the calibration names none.
         controls: the same figures, by name, of the maps' values moved elsewhere (`localisation.pixel_figures`).
+        num_left_out: masks without a stored pixel, or of images that are not labelled abnormal.
     """
 
     num_images: int
@@ -265,6 +279,7 @@ class Localisation:
     aupro: float | None = None
     dice: float | None = None
     controls: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict[str, Mapping[str, float | None]])
+    num_left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -275,7 +290,7 @@ class ReportData:
         cohort: name of the scored cohort.
         created_at: with a time zone.
         scores: (N,) of all scored images, labelled or not.
-        num_flagged: images above the threshold.
+        num_flagged: images above the threshold of their stratum.
         num_patients: patients of the scored images.
         evaluation: None where no labels exist or a class is missing.
         controls: of the evaluated images, best first.

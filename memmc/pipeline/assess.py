@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from memmc.config import Config
+from memmc.errors import PreprocessMismatch
 from memmc.evaluation.boxes import BoxFigures
 from memmc.evaluation.controls import ControlResult, FittedControls, evaluate_controls
 from memmc.evaluation.metrics import Evaluation, evaluate_scores
@@ -18,13 +20,13 @@ from memmc.evaluation.subgroups import subgroups
 from memmc.lake.tables import Lake
 from memmc.pipeline.identity import held_key, home_directory
 from memmc.pipeline.images import Images, image_batches, read_images, read_masks
-from memmc.pipeline.localise import localise_boxes, localise_masks, read_boxes
-from memmc.pipeline.models import OpenModel
+from memmc.pipeline.localise import drawn_masks, localise_boxes, localise_masks, not_placed, read_boxes
+from memmc.pipeline.models import OpenModel, fit_of
 from memmc.pipeline.progress import Progress
-from memmc.pipeline.select import newest_calibration, normals, one_preparation, score_rows, unmet
+from memmc.pipeline.select import newest_calibration, normals, one_preparation, score_rows, unmet, versions_read
 from memmc.scoring.maps import decode_map
 from memmc.scoring.mean_image import FittedMeanImage
-from memmc.scoring.residuals import MIN_FIT
+from memmc.scoring.scorer import MIN_NORMALS
 from memmc.scoring.strata import POOLED, judge_of
 
 _CONTROL_NORMALS = 1000
@@ -39,7 +41,8 @@ class Assessment:
     Attributes:
         rows: instances of unseen patients joined to their scores.
         calibration: the calibration row the scores were judged by.
-        masks: lesion mask (H, W) by SOP Instance UID, of the abnormal rows that have one.
+        masks: lesion mask (H, W) by SOP Instance UID, of the abnormal rows that have one with a pixel in it.
+        versions: of the tables that rows and labels were read from.
     """
 
     rows: list[dict[str, Any]]
@@ -52,6 +55,7 @@ class Assessment:
     sensitivities: tuple[SensitivityAt, ...] = ()
     rates: tuple[RatePoint, ...] = ()
     boxes: BoxFigures | None = None
+    versions: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 def assess(
@@ -66,17 +70,14 @@ def assess(
     """Score what is not scored yet, then measure.
 
     Raises:
-        DataError: one class is missing among unseen patients, or the model is not calibrated.
-        PreprocessMismatch: the cohort's pixels were prepared otherwise than the model's.
+        MissingClassError: one class is missing among unseen patients.
+        DataError: the model is not calibrated; or scores are missing and `operate.window` is closed.
+        PreprocessMismatch: the cohort's pixels were prepared otherwise than the model's, or masks cannot be placed.
     """
-    from memmc.pipeline.score import score
-
+    if masks is not None and fit_of(config, model) is None:
+        raise PreprocessMismatch(not_placed(config, model, "--masks"))
     calibration = newest_calibration(lake, model)
-    instances = unmet(lake, model, cohort)
-    model.require({one_preparation_id(instances)} if instances else set())
-    known = score_rows(lake, cohort, model, calibration["calibration_id"], without_score=True)
-    if {row["sop_instance_uid"] for row in instances} - known.keys():
-        score(config, cohort, model.ref, progress=progress)
+    versions, instances = _scored(config, lake, model, cohort, calibration["calibration_id"], progress)
     scores = score_rows(lake, cohort, model, calibration["calibration_id"])
     rows = [{**row, **scores[row["sop_instance_uid"]]} for row in instances if row["sop_instance_uid"] in scores]
     uids = [row["sop_instance_uid"] for row in rows]
@@ -95,10 +96,11 @@ def assess(
     controls = evaluate_controls(raw, labels, values, patients, **settings)
     key, calibration_id = held_key(config, home_directory()), calibration["calibration_id"]
     drawn = read_boxes(boxes, key) if boxes else None
-    known = read_masks(masks, key, config.data) if masks else {}
-    mine = {row["sop_instance_uid"]: known[row["sop_instance_uid"]] for row in rows if row["sop_instance_uid"] in known}
+    mine, left_out = drawn_masks(rows, read_masks(masks, key, config.data) if masks else {})
+    if left_out:
+        progress.message(f"{left_out} masks without a stored pixel, or of images not labelled abnormal, are left out")
     maps = read_maps(lake, cohort, model, calibration_id, list(mine)) if mine else []
-    localisation = localise_masks(maps, list(mine.values()), calibration, config.evaluate.seed) if mine else None
+    found = localise_masks(maps, list(mine.values()), calibration, config.evaluate.seed) if mine else None
     judged = [row["p_value"] for row in rows if row["label"] == "normal"]
     return Assessment(
         rows,
@@ -106,12 +108,29 @@ def assess(
         evaluation,
         controls,
         mine,
-        localisation,
+        None if found is None else replace(found, num_left_out=left_out),
         groups=subgroups(rows, **settings),
         sensitivities=sensitivities(labels, values, patients, _SPECIFICITIES, **settings),
-        rates=rate_points(judged, _rates(calibration), config.evaluate.confidence),
+        rates=rate_points(judged, _rates(calibration), calibration["num_normals"], config.evaluate.confidence),
         boxes=localise_boxes(config, lake, model, cohort, calibration_id, uids, drawn) if drawn is not None else None,
+        versions=versions,
     )
+
+
+def _scored(
+    config: Config, lake: Lake, model: OpenModel, cohort: str, calibration_id: str, progress: Progress
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Return the instances to measure on and the versions of the tables that say so, all of them scored."""
+    from memmc.pipeline.score import score_all
+
+    versions, instances = versions_read(lake), unmet(lake, model, cohort)
+    model.require({one_preparation_id(instances)})
+    known = score_rows(lake, cohort, model, calibration_id, without_score=True)
+    if {row["sop_instance_uid"] for row in instances} - known.keys():
+        score_all(config, cohort, model.ref, progress=progress)
+        # What had not been gated is now; instances that it flags are not measured on.
+        versions, instances = versions_read(lake), unmet(lake, model, cohort)
+    return versions, instances
 
 
 def _rates(calibration: dict[str, Any]) -> list[float]:
@@ -124,7 +143,7 @@ def _rates(calibration: dict[str, Any]) -> list[float]:
 def read_maps(lake: Lake, cohort: str, model: OpenModel, calibration_id: str, uids: list[str]) -> list[Any]:
     """Return anomaly maps (H, W) float16, in the order of the UIDs."""
     columns = ("anomaly_map", "map_height", "map_width")
-    rows = score_rows(lake, cohort, model, calibration_id, columns)
+    rows = score_rows(lake, cohort, model, calibration_id, columns, uids=uids)
     chosen = [rows[uid] for uid in uids]
     return [decode_map(row["anomaly_map"], row["map_height"], row["map_width"]) for row in chosen]
 
@@ -145,7 +164,7 @@ def scores_without_model(
     train_NHW = _some_normals(lake, model.cohort, "train", model.dataset_version, seed)
     held_NHW = _some_normals(lake, calibration["cohort"], "calibrate", calibration["dataset_version"], seed)
     controls = FittedControls.fit(train_NHW)
-    mean_image = FittedMeanImage.fit(config.score, train_NHW, held_NHW) if len(held_NHW) >= MIN_FIT else None
+    mean_image = FittedMeanImage.fit(config.score, train_NHW, held_NHW) if len(held_NHW) >= MIN_NORMALS else None
     read: list[str] = []
     parts: list[dict[str, Any]] = []
     for names, images_NHWC in image_batches(lake, cohort, uids, _AT_ONCE):

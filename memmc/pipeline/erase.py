@@ -28,6 +28,7 @@ from memmc.pipeline.models import open_model, tracking_of
 from memmc.pipeline.pins import Pins, absent
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import Result
+from memmc.pipeline.select import ever_normal
 from memmc.pipeline.settle import turn_name
 from memmc.pipeline.vault import forget
 from memmc.registry.models import ModelVersion, all_versions
@@ -282,11 +283,13 @@ def _trained_on(config: Config, home: Path, version: ModelVersion) -> tuple[str,
 
 
 def _met(lake: Lake, subject: Subject, cohort: str, version: int, split: str, pins: Pins) -> bool:
-    """Say whether images of the subject were normals of a split, by the labels that are pinned."""
+    """Say whether images of the subject were normals of a split: by the labels that are pinned, else by any."""
     columns = ["cohort", "patient_key", "study_uid", "sop_instance_uid"]
     where = {"cohort": cohort, "outcome": "stored", "split": split, "label": "normal"}
     try:
-        if absent(pins.labels):
+        if pins.labels is None:
+            rows = ever_normal(lake, cohort, version, [split], columns)
+        elif absent(pins.labels):
             rows = lake.read(INSTANCES, columns, version, where)
         else:
             rows = lake.instances_with_labels(columns, version, where, pins.labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,25 @@ from memmc.pipeline.models import OpenModel, fit_of
 from memmc.pipeline.select import score_rows
 
 BOX_COLUMNS = ("x", "y", "width", "height")
+
+
+def not_placed(config: Config, model: OpenModel, option: str) -> str:
+    """Return why what is drawn on original images cannot be placed on the model's; see `models.fit_of`."""
+    return (
+        f"{option} are placed by the settings data.*, which give {config.preprocess_id} here and gave "
+        f"{model.preprocess_id} when the pixels were made; call with those"
+    )
+
+
+def drawn_masks(rows: Sequence[Mapping[str, Any]], masks: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return the masks of abnormal rows with a pixel in them, by SOP Instance UID, and how many others rows have.
+
+    A table may hold an empty mask for every normal image, and a lesion may cover less than half a stored pixel: no map
+    can agree with either. A mask of an image labelled normal contradicts its label.
+    """
+    of_rows = {row["sop_instance_uid"]: row["label"] for row in rows if row["sop_instance_uid"] in masks}
+    found = {uid: masks[uid] for uid, label in of_rows.items() if label == "abnormal" and masks[uid].any()}
+    return found, len(of_rows) - len(found)
 
 
 def localise_masks(maps: list[Any], masks: list[Any], calibration: dict[str, Any], seed: int) -> Localisation:
@@ -85,14 +105,11 @@ def localise_boxes(
     """
     fit = fit_of(config, model)
     if fit is None:
-        raise UsageError(
-            f"--boxes are placed by the settings data.*, which give {config.preprocess_id} here and gave "
-            f"{model.preprocess_id} when the pixels were made; call with those"
-        )
+        raise UsageError(not_placed(config, model, "--boxes"))
     columns = ["sop_instance_uid", "rows", "columns", "height"]
     where = {"cohort": cohort, "outcome": "stored"}
     sizes = {row["sop_instance_uid"]: row for row in lake.read("instances", columns, filter=where).to_pylist()}
-    scores = score_rows(lake, cohort, model, calibration_id, ("regions",))
+    scores = score_rows(lake, cohort, model, calibration_id, ("regions",), uids=uids)
     images: list[BoxImage] = []
     for uid in uids:
         size, regions = sizes[uid], scores[uid]["regions"]

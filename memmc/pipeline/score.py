@@ -124,6 +124,21 @@ def score(
     return _result(lake, cohort, opened, calibration, done, time.monotonic() - began)
 
 
+def score_all(config: Config, cohort: str, model: str, *, progress: Progress | None = None) -> ScoreResult:
+    """Score as `score` does, and refuse to go on with a part: for steps that judge by the scores of a whole cohort.
+
+    Raises:
+        DataError: as `score`; or `operate.window` is closed and instances are left without a score.
+    """
+    done = score(config, cohort, model, progress=progress)
+    if done.left:
+        raise DataError(
+            f"operate.window ({config.operate.window}) is closed and {done.left} of {done.instances} instances of "
+            f"cohort '{cohort}' have no score of {done.model} yet; run this again in its hours"
+        )
+    return done
+
+
 def _shares(lake: Lake, cohort: str) -> list[tuple[str, frozenset[str] | None]]:
     """Return the ingested cohorts behind a name, each with the SOP Instance UIDs that are meant, None for all.
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from memmc.config import Config
-from memmc.errors import DataError
-from memmc.lake.schemas import INSTANCES, REVIEWS
+from memmc.errors import DataError, MissingClassError
+from memmc.lake.schemas import CALIBRATIONS, INSTANCES, LABELS, QUALITY, REVIEWS
 from memmc.lake.tables import Lake
+from memmc.lake.views import expand
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
 from memmc.pipeline.pins import Pins, absent
 from memmc.pipeline.quality import flags_of, kept_from_scores
+from memmc.quality.flags import DUPLICATE
 
 _MET_SPLITS = ("train", "calibrate")
 
@@ -104,34 +107,78 @@ def one_preparation(rows: list[dict[str, Any]] | pa.Table) -> dict[str, Any]:
 
 
 def met_patients(lake: Lake, model: OpenModel) -> set[str]:
-    """Return the patients a model was trained or calibrated on."""
-    met = _normal_patients(lake, model.cohort, model.dataset_version, _MET_SPLITS)
-    for row in calibrations(lake, model):
-        met |= _normal_patients(lake, row["cohort"], row["dataset_version"], ("calibrate",))
-    return met
+    """Return the patients a model was trained or calibrated on, whatever their images are called by now."""
+    shares = [(model.cohort, model.dataset_version, _MET_SPLITS)]
+    shares += [(cohort, version, ("calibrate",)) for cohort, version in calibrated_on(lake, model)]
+    return {
+        patient
+        for cohort, version, splits in shares
+        for patient in ever_normal(lake, cohort, version, splits, ["patient_key"])["patient_key"].to_pylist()
+    }
+
+
+def calibrated_on(lake: Lake, model: OpenModel) -> list[tuple[str, int]]:
+    """Return cohort and version of `instances` of every calibration of a model, each once."""
+    if not lake.exists(CALIBRATIONS):
+        return []
+    rows = lake.read(CALIBRATIONS, ["cohort", "dataset_version"], filter={"model_digest": model.digest}).to_pylist()
+    return sorted({(row["cohort"], row["dataset_version"]) for row in rows})
+
+
+def ever_normal(
+    lake: Lake, cohort: str, version: int, splits: Collection[str], columns: list[str]
+) -> pa.Table:
+    """Return the stored rows of splits that anybody ever called normal, at ingest or since.
+
+    An image that was learned as normal stays known to the model after a reviewer has called it abnormal. A view's rule
+    on labels is left out for the same reason.
+    """
+    where = expand(lake, INSTANCES, {"cohort": cohort, "outcome": "stored", "split": tuple(splits)}, labels=True)
+    where.pop("label", None)
+    rows = lake.read(INSTANCES, list(dict.fromkeys([*columns, "cohort", "sop_instance_uid", "label"])), version, where)
+    said = set[tuple[str, str]]()
+    if lake.exists(LABELS):
+        opinions = lake.read(
+            LABELS, ["cohort", "sop_instance_uid"], filter={"cohort": where["cohort"], "label": "normal"}
+        )
+        said = set(zip(opinions["cohort"].to_pylist(), opinions["sop_instance_uid"].to_pylist(), strict=True))
+    keys = zip(*(rows[name].to_pylist() for name in ("cohort", "sop_instance_uid", "label")), strict=True)
+    return rows.filter(pa.array([key[2] == "normal" or key[:2] in said for key in keys], pa.bool_())).select(columns)
 
 
 def unmet(lake: Lake, model: OpenModel, cohort: str) -> list[dict[str, Any]]:
     """Return the labelled instances of a cohort whose patient the model never met, and that can be scored.
 
+    Of copies of one image under several patients the first alone is among them: the model may have learned it.
+
     Raises:
-        DataError: one of the two classes is missing; nothing can be measured.
+        MissingClassError: one of the two classes is missing; nothing can be measured.
     """
     columns = ["object_key", "sop_instance_uid", "patient_key", "label", "manufacturer", "view_position", "patient_sex"]
     columns += ["patient_age_years"]
     columns += ["preprocess_id", "height", "width", "channels", "bits"]
     stored = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored"}).to_pylist()
     met = met_patients(lake, model)
-    without_score = kept_from_scores(lake, cohort)
-    known = [row for row in stored if row["label"] != "unknown" and row["sop_instance_uid"] not in without_score]
+    left_out = kept_from_scores(lake, cohort).keys() | copies(lake, cohort)
+    known = [row for row in stored if row["label"] != "unknown" and row["sop_instance_uid"] not in left_out]
     rows = [row for row in known if row["patient_key"] not in met]
     found = {label: sum(row["label"] == label for row in rows) for label in ("normal", "abnormal")}
     if not all(found.values()):
-        raise DataError(
+        raise MissingClassError(
             f"cohort '{cohort}' has {found['normal']} normal and {found['abnormal']} abnormal images of patients that "
             f"{model.ref} has not met; both are needed: ingest labelled scans of other patients"
         )
     return rows
+
+
+def copies(lake: Lake, cohort: str) -> set[str]:
+    """Return the SOP Instance UIDs of images that another patient of the cohort had before, by their pixels."""
+    return {uid for uid, flags in flags_of(lake, cohort).items() if DUPLICATE in flags}
+
+
+def versions_read(lake: Lake) -> dict[str, int]:
+    """Return the newest version of each table that says what is measured on."""
+    return {table: lake.version(table) for table in (INSTANCES, LABELS, QUALITY) if lake.exists(table)}
 
 
 def calibrations(lake: Lake, model: OpenModel) -> list[dict[str, Any]]:
@@ -164,12 +211,14 @@ def score_rows(
     calibration_id: str | None,
     columns: tuple[str, ...] = (),
     *,
+    uids: Collection[str] | None = None,
     without_score: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Return the newest score row of each instance, by SOP Instance UID.
 
     Args:
-        columns: besides those of every call.
+        columns: besides those of every call; with large ones, such as maps, name the instances.
+        uids: of the instances that are wanted; all when absent.
         without_score: also the rows that say why an instance has no score, where it has none.
     """
     if not lake.exists("scores"):
@@ -180,6 +229,8 @@ def score_rows(
     where: dict[str, Any] = {"cohort": cohort, "model_digest": model.digest}
     if calibration_id is not None:
         where["calibration_id"] = calibration_id
+    if uids is not None:
+        where["sop_instance_uid"] = tuple(uids)
     rows = sorted(
         lake.read("scores", names, filter=where).to_pylist(),
         key=lambda row: (row["not_scored"] is None, row["scored_at"]),
@@ -197,10 +248,3 @@ def scored_instances(config: Config, lake: Lake, cohort: str, reference: str | N
     # The stored object of a UID stands for it, whatever else came under the same UID.
     of_uid = {row["sop_instance_uid"]: row for row in sorted(instances, key=lambda row: row["outcome"] == "stored")}
     return [{**of_uid[uid], **row} for uid, row in scores.items() if uid in of_uid]
-
-
-def _normal_patients(lake: Lake, cohort: str, version: int, splits: tuple[str, ...]) -> set[str]:
-    rows = lake.instances_with_labels(
-        ["patient_key"], version, {"cohort": cohort, "outcome": "stored", "split": splits, "label": "normal"}
-    )
-    return set(rows["patient_key"].to_pylist())

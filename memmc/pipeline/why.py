@@ -179,7 +179,7 @@ class Explainer:
 
     def _scored(self, cohort: str, uid: str) -> dict[str, Any]:
         columns = ("anomaly_map", "map_height", "map_width", "regions", "passes_used")
-        rows = score_rows(self.lake, cohort, self.model, self.calibration["calibration_id"], columns)
+        rows = score_rows(self.lake, cohort, self.model, self.calibration["calibration_id"], columns, uids=[uid])
         if uid not in rows:
             raise DataError(
                 f"that instance has no score of {self.model.ref} in cohort '{cohort}'; run `memmc score` first"

@@ -32,6 +32,7 @@ RESIDUAL_SCORERS: tuple[ScorerName, ...] = (WHOLE_OR_PEAK, "residual_statistics"
 PEAK_SHARE = 0.005
 PEAK_HANDICAP = 1.0  # standard deviations that a place must be odder than the whole before it counts [choice]
 _SCALE_IMAGES, _SCALE_FOLDS = 400, 5
+MIN_NORMALS = MIN_FIT * _SCALE_FOLDS // (_SCALE_FOLDS - 1)  # that the default scorer is fitted on
 LOWEST = 1e-12  # of what has a logarithm
 METADATA_KEY = "memmc_scorer"
 
@@ -258,9 +259,8 @@ class ResidualStatisticsScorer(Scorer):
         """
         if self.name != WHOLE_OR_PEAK or self.peak_scale is not None:
             return self
-        least = MIN_FIT * _SCALE_FOLDS // (_SCALE_FOLDS - 1)
-        if len(normals) < least:
-            raise DataError(f"{len(normals)} normal images to fit the score; expected at least {least}")
+        if len(normals) < MIN_NORMALS:
+            raise DataError(f"{len(normals)} normal images to fit the score; expected at least {MIN_NORMALS}")
         some = np.unique(np.linspace(0, len(normals) - 1, min(len(normals), _SCALE_IMAGES)).astype(int))
         fold_N = np.arange(len(some)) % _SCALE_FOLDS
         logs: list[NDArray[np.float64]] = []
