@@ -110,8 +110,7 @@ def froc(images: Sequence[BoxImage], rates: Sequence[float] = FALSE_BOXES_PER_IM
         found += [float(image.peaks_R[hit_R].max()) for hit_R in hit_RT.T if hit_R.any()]
         false += image.peaks_R[~hit_RT.any(1)].tolist()
     thresholds = np.array(sorted({*found, *false}, reverse=True))
-    found_at = np.array([sum(peak >= t for peak in found) for t in thresholds])
-    false_at = np.array([sum(peak >= t for peak in false) for t in thresholds])
+    found_at, false_at = (len(peaks) - np.searchsorted(np.sort(peaks), thresholds) for peaks in (found, false))
     result: dict[str, float] = {}
     for rate in rates:
         allowed = found_at[false_at <= rate * len(images)]

@@ -46,17 +46,17 @@ class AurocDifference:
 
 
 def changes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> list[StudyChange]:
-    """Return the studies that both models judged, those that change side first, then by how far they moved.
+    """Return the studies on which both models have a verdict, those that change side first, then by how far they moved.
 
     Args:
         a: study rows (`memmc.scoring.studies.study_rows`) of the first model.
         b: of the second.
     """
-    first = {row["study_uid"]: row for row in a if row["p_value"] is not None}
+    first = {row["study_uid"]: row for row in a if row["is_abnormal"] is not None}
     found: list[StudyChange] = []
     for row in b:
         before = first.get(row["study_uid"])
-        if before is None or row["p_value"] is None:
+        if before is None or row["is_abnormal"] is None:
             continue
         sides = (before["is_abnormal"], row["is_abnormal"])
         change: Change = "same" if sides[0] == sides[1] else "flagged" if sides[1] else "cleared"

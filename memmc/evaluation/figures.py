@@ -73,12 +73,13 @@ def roc_figure(model: RocCurve, model_title: str, controls: Mapping[str, RocCurv
     return _svg(figure, "roc", "ROC curves of the model and of the controls")
 
 
-def histogram_figure(groups: Mapping[str, ArrayLike], threshold: float) -> str:
+def histogram_figure(groups: Mapping[str, ArrayLike], threshold: float, called: str = "threshold") -> str:
     """Return score histograms as SVG.
 
     Args:
         groups: scores (N,) per name; "normal" and "abnormal" get their colours, others grey.
-        threshold: score above which an image is flagged.
+        threshold: where the line is drawn.
+        called: what the line is.
     """
     figure, axes = _chart(5.4, 4.2)
     values = {name: np.asarray(scores, dtype=np.float64) for name, scores in groups.items()}
@@ -93,12 +94,12 @@ def histogram_figure(groups: Mapping[str, ArrayLike], threshold: float) -> str:
         axes.hist(
             scores, edges, color=colour, histtype="step", linewidth=1.6, label=_plain(f"{name} ({scores.size:,})")
         )
-    axes.axvline(threshold, color=_INK, linewidth=1.4, linestyle=(0, (4, 2)), label="threshold")
+    axes.axvline(threshold, color=_INK, linewidth=1.4, linestyle=(0, (4, 2)), label=called)
     axes.set_xlabel("anomaly score (higher = more abnormal)")
     axes.set_ylabel("images")
     axes.set_ylim(0, axes.get_ylim()[1] * 1.04)
     _legend(axes, loc="upper right")
-    return _svg(figure, "scores", "Histogram of anomaly scores with the threshold")
+    return _svg(figure, "scores", f"Histogram of anomaly scores with the {called}")
 
 
 def ingest_figure(counts: Sequence[tuple[str, str, int]]) -> str:

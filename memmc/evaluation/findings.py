@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -96,20 +97,22 @@ def _false_positives(data: ReportData) -> Iterator[Finding]:
         yield Finding(
             "caution",
             "Few calibration scans",
-            f"The threshold rests on {calibration.num_normals} held-out normal images; "
-            f"p-values cannot fall below {1 / (calibration.num_normals + 1):.3f}.",
+            f"The {'pooled ' * bool(calibration.strata)}threshold rests on {calibration.num_normals} held-out normal "
+            f"images; its p-values cannot fall below {1 / (calibration.num_normals + 1):.3f}.",
         )
-    if data.evaluation is None:
+    point = next((item for item in data.rates if math.isclose(item.nominal, chosen)), None)
+    if point is None:
         return
-    observed, interval = data.evaluation.false_positive_rate, data.evaluation.false_positive_rate_interval
     text = (
-        f"{observed:.1%} of normal images are flagged ({interval.low:.1%} to {interval.high:.1%}), {chosen:.1%} chosen."
+        f"{point.observed:.1%} of {point.num_normal} normal images are flagged, {chosen:.1%} chosen; a threshold set "
+        f"on {calibration.num_normals} normals flags {point.expected.low:.1%} to {point.expected.high:.1%} of so many "
+        "others like them."
     )
-    if interval.low > chosen:
+    if not point.holds:
         yield Finding(
             "problem", "More false alarms than chosen", f"{text} These normals differ from those of the calibration."
         )
-    elif interval.high < chosen:
+    elif point.observed < point.expected.low - 1e-12:
         yield Finding("caution", "Fewer false alarms than chosen", f"{text} A fresh calibration may find more.")
     else:
         yield Finding("good", "False alarms as chosen", text)

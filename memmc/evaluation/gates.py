@@ -151,19 +151,19 @@ def false_positive_gate(
     raise the threshold.
 
     Args:
-        flagged: normals above the threshold.
-        num_normal: held-out normals.
+        flagged: normals above the threshold of their stratum.
+        num_normal: held-out normals, one a patient: the interval takes them as independent.
         promised: interval of the observed rate (`scoring.calibration.observed_rate_interval`).
         rate: that the threshold was set for.
     """
     name = "false positives"
     if num_normal < rules.min_probes:
-        why = f"{num_normal} held-out normal images, {rules.min_probes} are needed"
+        why = f"held-out normal images of {num_normal} patients, {rules.min_probes} are needed"
         return Gate(name, None, None, "not applicable", why)
     observed = flagged / num_normal
     low, high = promised
     why = (
-        f"{flagged} of {num_normal} held-out normals flagged, {observed:.1%}; {rate:.1%} promised, "
+        f"{flagged} of {num_normal} held-out normals flagged, one a patient, {observed:.1%}; {rate:.1%} promised, "
         f"{low:.1%} to {high:.1%} expected"
     )
     inside = low - 1e-12 <= observed <= high + 1e-12
@@ -198,34 +198,39 @@ def memory_gate(slots_used: Sequence[float], rules: PromoteConfig) -> Gate:
     return Gate("memory", best, rules.min_slots_used, _at_least(best, rules.min_slots_used), why)
 
 
-def migration_gate(flagged: int, cleared: int, num_studies: int, rules: PromoteConfig, *, champion: bool) -> Gate:
+def migration_gate(
+    flagged: int, cleared: int, num_studies: int, rules: PromoteConfig, *, unjudged: str | None = None
+) -> Gate:
     """Judge how many studies change side.
 
     Args:
         flagged: abnormal under the challenger only.
         cleared: abnormal under the champion only.
-        num_studies: judged by both.
-        champion: whether there is one.
+        num_studies: on which both have a verdict.
+        unjudged: why there is none, if that is known.
     """
-    if not champion or not num_studies:
-        return Gate("migration", None, None, "not applicable", "no champion has judged these studies")
+    if not num_studies:
+        return Gate("migration", None, None, "not applicable", unjudged or "no study has a verdict of both models")
     share = (flagged + cleared) / num_studies
     why = f"{flagged} newly abnormal and {cleared} no longer, of {num_studies} studies; at most {rules.max_changed:.0%}"
     return Gate("migration", share, rules.max_changed, "pass" if share <= rules.max_changed else "fail", why)
 
 
-def parity_gate(differences: Mapping[str, float], limit: float, refused: str | None) -> Gate:
+def parity_gate(
+    differences: Mapping[str, float], limit: float, refused: str | None, unasked: str = "promote.parity names no format"
+) -> Gate:
     """Judge whether exported files score as the lake does.
 
     Args:
         differences: largest difference in score by file, as a share of the score's scale.
         limit: of `differences`.
         refused: why an export was refused.
+        unasked: why there are no differences.
     """
     if refused is not None:
         return Gate("export parity", None, limit, "fail", refused)
     if not differences:
-        return Gate("export parity", None, None, "not applicable", "promote.parity names no format")
+        return Gate("export parity", None, None, "not applicable", unasked)
     worst = max(differences.values())
     files = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
     return Gate("export parity", worst, limit, "pass" if worst <= limit else "fail", f"score differs by {files}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,17 +37,20 @@ class RatePoint:
         observed: as seen on evaluated normals.
         interval: exact, of the observed share.
         num_normal: evaluated normals.
+        expected: where the observed share lies if these normals are like those that the threshold was set on; both sets
+            vary (`memmc.scoring.calibration.observed_rate_interval`).
     """
 
     nominal: float
     observed: float
     interval: Interval
     num_normal: int
+    expected: Interval
 
     @property
     def holds(self) -> bool:
-        """Whether the promise lies inside the interval, or the observed rate below it."""
-        return self.interval.low <= self.nominal
+        """Whether no more are flagged than such a threshold flags of normals like its own."""
+        return self.observed <= self.expected.high + 1e-12
 
 
 def sensitivity_at(labels: BoolArray, scores: FloatArray, weights: FloatArray | None, specificity: float) -> FloatArray:
@@ -95,21 +98,21 @@ def sensitivities(
     return tuple(found)
 
 
-def rate_points(p_values: ArrayLike, nominal: Sequence[float], confidence: float) -> tuple[RatePoint, ...]:
+def rate_points(p_values: ArrayLike, expected: Mapping[float, Interval], confidence: float) -> tuple[RatePoint, ...]:
     """Return observed against promised false-positive rates: the data of a calibration plot.
 
     Args:
         p_values: (N,) of evaluated normals.
-        nominal: rates.
-        confidence: of the intervals, which count images as independent.
+        expected: by nominal rate, where the observed one lies if the promise holds.
+        confidence: of the exact intervals, which count images as independent.
 
     Raises:
         DataError: no p-value.
     """
     values = np.asarray(p_values, np.float64)
     found: list[RatePoint] = []
-    for rate in nominal:
+    for rate, between in expected.items():
         count = int((values <= rate + 1e-12).sum())
         interval = proportion_interval(count, values.size, confidence)
-        found.append(RatePoint(rate, count / values.size, interval, values.size))
+        found.append(RatePoint(rate, count / values.size, interval, values.size, between))
     return tuple(found)

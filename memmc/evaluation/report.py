@@ -100,6 +100,7 @@ def _charts(data: ReportData) -> dict[str, str]:
     """Return the SVG of every chart whose data is there."""
     charts: dict[str, str] = {}
     evaluation = data.evaluation
+    line = data.calibration.threshold, "pooled threshold" if data.calibration.strata else "threshold"
     if evaluation is not None:
         curves = {
             f"{control.name} ({control.auroc:.3f})": roc_curve(evaluation.labels, control.scores)
@@ -111,9 +112,9 @@ def _charts(data: ReportData) -> dict[str, str]:
             "normal": evaluation.scores[~evaluation.labels],
             "abnormal": evaluation.scores[evaluation.labels],
         }
-        charts["scores"] = figures.histogram_figure(groups, data.calibration.threshold)
+        charts["scores"] = figures.histogram_figure(groups, *line)
     elif np.size(data.scores):
-        charts["scores"] = figures.histogram_figure({"all scans": data.scores}, data.calibration.threshold)
+        charts["scores"] = figures.histogram_figure({"all scans": data.scores}, *line)
     if data.ingest:
         charts["ingest"] = figures.ingest_figure(_ingest_rows(data))
     if data.training is not None and np.size(data.training.steps):

@@ -13,7 +13,7 @@ from memmc.config import Config
 from memmc.errors import PreprocessMismatch
 from memmc.evaluation.boxes import BoxFigures
 from memmc.evaluation.controls import ControlResult, FittedControls, evaluate_controls
-from memmc.evaluation.metrics import Evaluation, evaluate_scores
+from memmc.evaluation.metrics import Evaluation, Interval, evaluate_scores
 from memmc.evaluation.operating import RatePoint, SensitivityAt, rate_points, sensitivities
 from memmc.evaluation.report_data import GroupResult, Localisation
 from memmc.evaluation.subgroups import subgroups
@@ -24,6 +24,7 @@ from memmc.pipeline.localise import drawn_masks, localise_boxes, localise_masks,
 from memmc.pipeline.models import OpenModel, fit_of
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.select import newest_calibration, normals, one_preparation, score_rows, unmet, versions_read
+from memmc.scoring.calibration import observed_rate_interval
 from memmc.scoring.maps import decode_map
 from memmc.scoring.mean_image import FittedMeanImage
 from memmc.scoring.scorer import MIN_NORMALS
@@ -111,7 +112,9 @@ def assess(
         None if found is None else replace(found, num_left_out=left_out),
         groups=subgroups(rows, **settings),
         sensitivities=sensitivities(labels, values, patients, _SPECIFICITIES, **settings),
-        rates=rate_points(judged, _rates(calibration), calibration["num_normals"], config.evaluate.confidence),
+        rates=rate_points(
+            judged, _expected(calibration, len(judged), config.evaluate.confidence), config.evaluate.confidence
+        ),
         boxes=localise_boxes(config, lake, model, cohort, calibration_id, uids, drawn) if drawn is not None else None,
         versions=versions,
     )
@@ -138,6 +141,12 @@ def _rates(calibration: dict[str, Any]) -> list[float]:
     pooled = judge_of(calibration).strata[POOLED]
     kept = {item.rate for item in pooled.thresholds if item.refused is None}
     return sorted(kept | {calibration["false_positive_rate"]})
+
+
+def _expected(calibration: dict[str, Any], num_new: int, confidence: float) -> dict[float, Interval]:
+    """Return by rate where the flagged share of so many new normals lies, if they are like the held-out ones."""
+    count = calibration["num_normals"]
+    return {rate: Interval(*observed_rate_interval(count, rate, num_new, confidence)) for rate in _rates(calibration)}
 
 
 def read_maps(lake: Lake, cohort: str, model: OpenModel, calibration_id: str, uids: list[str]) -> list[Any]:

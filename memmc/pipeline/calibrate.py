@@ -18,7 +18,8 @@ from memmc.lake.tables import Lake
 from memmc.pipeline.audit import recorded
 from memmc.pipeline.cluster import ray_cluster
 from memmc.pipeline.identity import home_directory
-from memmc.pipeline.models import OpenModel, open_model
+from memmc.pipeline.model_card import set_calibration
+from memmc.pipeline.models import OpenModel, open_model, tracking_of
 from memmc.pipeline.placement import place_scoring
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.quality import gate
@@ -29,7 +30,7 @@ from memmc.scoring.bulk import Keys, features_of, join_features, score_columns, 
 from memmc.scoring.calibration import smallest_rate, threshold_at
 from memmc.scoring.early_stop import StopRule, fit_early_stop
 from memmc.scoring.strata import Judge, Stratum, fit_strata
-from memmc.scoring.studies import normal_study_minima
+from memmc.scoring.studies import normal_study_minima, why_no_verdict
 
 if TYPE_CHECKING:
     from memmc.scoring.cross_fit import CrossFit
@@ -51,7 +52,7 @@ _FOLDS = 20
 def calibrate(
     config: Config, cohort: str | None = None, model: str | None = None, *, progress: Progress | None = None
 ) -> CalibrationResult:
-    """Calibrate a model on the normals of a cohort's calibration share.
+    """Calibrate a model on the normals of a cohort's calibration share; its card shows the new thresholds.
 
     Args:
         cohort: the model's own when absent.
@@ -60,6 +61,7 @@ def calibrate(
     Raises:
         GateRefused: fewer held-out normals than `calibrate.min_normals`, or than the rate needs.
         DataError: no held-out normals.
+        StorageError: the model registry cannot be reached.
     """
     progress = progress or Silent()
     home = home_directory()
@@ -67,7 +69,9 @@ def calibrate(
     opened = open_model(config, home, model, cohort)
     gate(config, cohort or opened.cohort, progress=progress)
     with ray_cluster(config, home, training=False) as ray:
-        return calibrate_model(config, ray, lake, opened, cohort or opened.cohort, progress)
+        done = calibrate_model(config, ray, lake, opened, cohort or opened.cohort, progress)
+    set_calibration(tracking_of(config, home), opened, done)
+    return done
 
 
 def calibrate_model(
@@ -114,6 +118,9 @@ def calibrate_model(
         ).tolist(),
         "early_stop": stop.as_row() if stop else None,
     }
+    unjudged = why_no_verdict(row["study_p_values"], settings.false_positive_rate)
+    if unjudged:
+        progress.message(f"images are judged, studies are not: {unjudged}")
     lake.append(CALIBRATIONS, pa.Table.from_pylist([row], schema=SCHEMAS[CALIBRATIONS]), f"calibrate-{identifier}")
     return as_result(row, len(set(keys.patients)))
 

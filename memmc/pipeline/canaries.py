@@ -18,7 +18,7 @@ from memmc.monitoring.canary import Planted, chance_of_no_fall, plant, sensitivi
 from memmc.pipeline.findings import record, recorded
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
-from memmc.pipeline.observed import Row, one_each, without
+from memmc.pipeline.observed import Row, one_each, without, without_calibrated
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.quality import kept_from_scores
 from memmc.pipeline.rescore import Rescorer, grey_images, with_pixels
@@ -109,7 +109,8 @@ def recent_normals(lake: Lake, cohort: str, model: OpenModel, most: int) -> list
     rows = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored", "label": "normal"})
     met = {"cohort": model.cohort, "outcome": "stored", "split": ("train", "calibrate")}
     learned = lake.read(INSTANCES, ["object_key"], model.dataset_version, met)["object_key"]
-    fit = without(without(rows, "object_key", learned), "sop_instance_uid", kept_from_scores(lake, cohort))
+    new = without_calibrated(without(rows, "object_key", learned), lake, model)
+    fit = without(new, "sop_instance_uid", kept_from_scores(lake, cohort))
     order = [("ingested_at", "descending"), ("sop_instance_uid", "descending")]
     chosen = one_each(fit).sort_by(order).slice(0, most)
     model.require(set(chosen["preprocess_id"].to_pylist()))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memmc.config import Config
-from memmc.errors import DataError, GateRefused
+from memmc.errors import DataError, GateRefused, MissingClassError
 from memmc.evaluation import gates
 from memmc.evaluation.comparison import AurocDifference
 from memmc.evaluation.gates import Area, Gate
@@ -21,7 +21,7 @@ from memmc.pipeline.models import OpenModel
 from memmc.pipeline.package import write_package
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.quality import flags_of
-from memmc.pipeline.score import score
+from memmc.pipeline.score import score_all
 from memmc.pipeline.select import met_patients, newest_calibration, score_rows, unmet
 from memmc.scoring.calibration import observed_rate_interval
 
@@ -59,7 +59,8 @@ def measure(config: Config, lake: Lake, case: Case, progress: Progress) -> list[
     Images that a model has not scored yet are scored, and their scores kept.
 
     Raises:
-        DataError: hardly any held-out normals, or a model is not calibrated.
+        DataError: hardly any held-out normals, a model is not calibrated, or scores are missing and `operate.window` is
+            closed.
         PreprocessMismatch: the cohort's pixels were prepared otherwise than the models'.
     """
     rules = config.promote
@@ -67,7 +68,7 @@ def measure(config: Config, lake: Lake, case: Case, progress: Progress) -> list[
     progress.message(f"{ref} against {case.champion.ref}" if case.champion else f"{ref}, no champion {case.why_alone}")
     compared = _compare(config, case, progress)
     if compared is None:
-        score(config, case.cohort, ref, progress=progress)
+        score_all(config, case.cohort, ref, progress=progress)
     rows = held_out_normals(lake, case)
     return [
         gates.labelled_gate(_alone(config, lake, case), _difference(compared), rules),
@@ -77,7 +78,7 @@ def measure(config: Config, lake: Lake, case: Case, progress: Progress) -> list[
             compared.num_cleared if compared else 0,
             compared.num_studies if compared else 0,
             rules,
-            champion=compared is not None,
+            unjudged=compared.unjudged if compared else "no champion has judged these studies",
         ),
         *_probe(config, lake, case, rows[: rules.probes], progress),
     ]
@@ -126,7 +127,7 @@ def _alone(config: Config, lake: Lake, case: Case) -> Area | None:
     calibration = newest_calibration(lake, case.challenger)["calibration_id"]
     try:
         known = unmet(lake, case.challenger, case.cohort)
-    except DataError:  # a class is missing
+    except MissingClassError:
         return None
     scores = score_rows(lake, case.cohort, case.challenger, calibration)
     rows = [row for row in known if row["sop_instance_uid"] in scores]
@@ -145,11 +146,19 @@ def _alone(config: Config, lake: Lake, case: Case) -> Area | None:
 def _false_positives(config: Config, lake: Lake, case: Case, rows: Sequence[dict[str, Any]]) -> Gate:
     calibration = newest_calibration(lake, case.challenger)
     scores = score_rows(lake, case.cohort, case.challenger, calibration["calibration_id"])
-    mine = [scores[row["sop_instance_uid"]] for row in rows if row["sop_instance_uid"] in scores]
+    mine = [scores[row["sop_instance_uid"]] for row in one_a_patient(rows) if row["sop_instance_uid"] in scores]
     rate, confidence = calibration["false_positive_rate"], config.promote.confidence
     promised = observed_rate_interval(calibration["num_normals"], rate, max(len(mine), 1), confidence)
     flagged = sum(bool(row["is_abnormal"]) for row in mine)
     return gates.false_positive_gate(flagged, len(mine), promised, rate, config.promote)
+
+
+def one_a_patient(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first row of each patient, in order; one without a patient stands for itself."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(row["patient_key"] or row["sop_instance_uid"], row)
+    return list(first.values())
 
 
 def _probe(config: Config, lake: Lake, case: Case, rows: Sequence[dict[str, Any]], progress: Progress) -> list[Gate]:
@@ -191,7 +200,10 @@ def _parity(
         return gates.parity_gate({}, SCORE_TOLERANCE, None)
     if head_of(judged.scorer) is None:
         why = f"scorer {judged.scorer.name} has no exportable form, promote.parity asks for {', '.join(formats)}"
-        return Gate("export parity", None, None, "not applicable", why)
+        return gates.parity_gate({}, SCORE_TOLERANCE, None, why)
+    if judged.calibration["early_stop"] is not None:
+        why = "the calibration ends passes early (score.early_stop), which an exported scorer cannot"
+        return gates.parity_gate({}, SCORE_TOLERANCE, None, why)
     uids = [row["sop_instance_uid"] for row in rows]
     pixels = read_pixels(lake, case.cohort, uids)
     calibration = dict(judged.calibration)

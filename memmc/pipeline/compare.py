@@ -13,8 +13,8 @@ from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import Result
-from memmc.pipeline.select import met_patients, newest_calibration, scored_instances
-from memmc.scoring.studies import study_rows
+from memmc.pipeline.select import copies, met_patients, newest_calibration, scored_instances
+from memmc.scoring.studies import study_rows, why_no_verdict
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class CompareResult(Result):
 
     Attributes:
         model_a, model_b: "name/version".
-        num_studies: judged by both.
+        num_studies: on which both models have a verdict.
         num_flagged: abnormal under the second model only.
         num_cleared: abnormal under the first model only.
-        flagged_a, flagged_b: abnormal under each.
+        flagged_a, flagged_b: abnormal under each, of all that it judged.
         quality: AUROC on labelled studies of patients that neither model met, if both classes are there.
-        studies: every study (`evaluation.comparison.StudyChange`), those that change side first.
+        studies: on which both have a verdict (`evaluation.comparison.StudyChange`), those that change side first.
+        unjudged: why a model has no verdict on any study; None where both have.
     """
 
     model_a: str
@@ -41,6 +42,7 @@ class CompareResult(Result):
     flagged_b: int
     quality: dict[str, Any] | None
     studies: list[dict[str, Any]]
+    unjudged: str | None = None
 
 
 def compare(
@@ -51,10 +53,11 @@ def compare(
     Instances that a model has not scored yet are scored first.
 
     Raises:
-        DataError: nothing stored in the cohort, a model is not calibrated, or its calibration knows no studies.
+        DataError: nothing stored in the cohort, a model is not calibrated, its calibration knows no studies, or scores
+            are missing and `operate.window` is closed.
         ModelError: no such model.
     """
-    from memmc.pipeline.score import score
+    from memmc.pipeline.score import score_all
 
     progress = progress or Silent()
     lake = Lake(config.lake.uri)
@@ -62,13 +65,19 @@ def compare(
     studies: list[list[dict[str, Any]]] = []
     patients: dict[str, str] = {}
     for model in models:
-        score(config, cohort, model.ref, progress=progress)
+        score_all(config, cohort, model.ref, progress=progress)
         rows, owners = _studies(config, lake, model, cohort)
         studies.append(rows)
         patients |= owners
     found = changes(studies[0], studies[1])
-    met = met_patients(lake, models[0]) | met_patients(lake, models[1])
-    unseen = [[row for row in rows if patients[row["study_uid"]] not in met] for rows in studies]
+    unjudged = "; ".join(why for model in models if (why := _unjudged(lake, model))) or None
+    if unjudged:
+        progress.message(f"no study can change side: {unjudged}")
+    known = _known(lake, models, cohort)
+    unseen = [
+        [row for row in rows if patients[row["study_uid"]] not in known and row["study_uid"] not in known]
+        for rows in studies
+    ]
     settings = config.evaluate
     quality = compare_auroc(
         unseen[0],
@@ -78,7 +87,22 @@ def compare(
         confidence=settings.confidence,
         seed=settings.seed,
     )
-    return _result(models, cohort, found, studies, quality)
+    return _result(models, cohort, found, studies, quality, unjudged)
+
+
+def _unjudged(lake: Lake, model: OpenModel) -> str | None:
+    calibration = newest_calibration(lake, model)
+    why = why_no_verdict(calibration["study_p_values"], calibration["false_positive_rate"])
+    return f"{model.ref} was calibrated on {why}" if why else None
+
+
+def _known(lake: Lake, models: list[OpenModel], cohort: str) -> set[str]:
+    """Return what a model may have learned from: patients, and studies that hold a copy of another patient's image."""
+    copied = copies(lake, cohort)
+    columns = ["sop_instance_uid", "study_uid"]
+    rows = lake.read("instances", columns, filter={"cohort": cohort, "outcome": "stored"}).to_pylist()
+    studies = {row["study_uid"] or row["sop_instance_uid"] for row in rows if row["sop_instance_uid"] in copied}
+    return studies.union(*(met_patients(lake, model) for model in models))
 
 
 def _studies(config: Config, lake: Lake, model: OpenModel, cohort: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -98,6 +122,7 @@ def _result(
     found: list[StudyChange],
     studies: list[list[dict[str, Any]]],
     quality: AurocDifference | None,
+    unjudged: str | None,
 ) -> CompareResult:
     return CompareResult(
         model_a=models[0].ref,
@@ -110,4 +135,5 @@ def _result(
         flagged_b=sum(bool(row["is_abnormal"]) for row in studies[1]),
         quality=asdict(quality) if quality else None,
         studies=[asdict(item) for item in found],
+        unjudged=unjudged,
     )

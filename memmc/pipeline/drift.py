@@ -23,6 +23,7 @@ from memmc.pipeline.images import read_images
 from memmc.pipeline.models import OpenModel, open_model
 from memmc.pipeline.observed import NUMBERS, WORDS, Row, baseline_rows, drawn, one_each, window_rows
 from memmc.pipeline.progress import Progress, Silent
+from memmc.pipeline.quality import kept_from_scores
 from memmc.pipeline.results import Result
 from memmc.pipeline.select import newest_calibration, score_rows
 from memmc.scoring.strata import POOLED, Stratum, judge_of, stratum_names
@@ -30,6 +31,9 @@ from memmc.scoring.strata import POOLED, Stratum, judge_of, stratum_names
 ALARM = "drift"
 _SHOWN = 12  # tests of a calm window that are kept
 _SCORED = 20_000  # patients whose scores are compared, at most
+_NEARLY_ALL = 0.9  # of the baseline's others; fewer scores would leave normals that are calmer than any stream
+
+_Scores = tuple[dict[str, NDArray[np.float64]], tuple[int, int]]  # by scanner; how many are flagged, of how many
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class DriftResult(Result):
         findings: what has drifted, in words.
         shifts: the tests that say so, then the most surprising others; fields as in `memmc.monitoring.drift.Shift`.
         num_tests: all tests made, which the adjusted p-values take into account.
+        left_out: tests that could not be made, and why.
     """
 
     cohort: str
@@ -67,6 +72,7 @@ class DriftResult(Result):
     findings: list[str] = field(default_factory=list[str])
     shifts: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     seconds: float = 0.0
+    left_out: list[str] = field(default_factory=list[str])
 
 
 def drift(
@@ -81,7 +87,7 @@ def drift(
     """Compare a window of a cohort with the baseline of a model, and keep what was found.
 
     The baseline is what the model's cohort held at its dataset version and the model did not learn from. One image a
-    patient is compared. Scores are compared where the window has been scored; nothing is scored here.
+    patient is compared. Scores are compared where window and baseline have been scored; nothing is scored here.
 
     Args:
         model: the champion when absent.
@@ -105,12 +111,17 @@ def drift(
     tested = min(len(window), len(baseline)) >= rules.min_window
     scored = _scores_of(lake, cohort, opened, calibration, window)
     shifts: list[Shift] = []
+    left_out: list[str] = []
     if tested:
         progress.stage("drift", len(window) + len(baseline))
         old, new = (_some(rows, rules.max_images, rules.seed) for rows in (baseline, window))
         columns = tuple(calibration["strata_columns"] or ())
+        known, missing = _known_scores(lake, opened, calibration, baseline, rules.seed)
+        if missing:
+            left_out.append(missing)
+            progress.message(missing)
         shifts = compare(
-            _sample(lake, opened.cohort, opened, old, columns, *_known_scores(lake, opened, calibration, baseline)),
+            _sample(lake, opened.cohort, opened, old, columns, *known),
             _sample(lake, cohort, opened, new, columns, *_by_stratum(window, scored, columns)),
             _conformal(calibration, scored),
             rules,
@@ -134,6 +145,7 @@ def drift(
         findings=[in_words(shift) for shift in found],
         shifts=[asdict(shift) for shift in [*found, *[item for item in shifts if not item.drifted][:_SHOWN]]],
         seconds=round(time.monotonic() - began, 2),
+        left_out=left_out,
     )
     _record(lake, result, shifts, now)
     return result
@@ -185,9 +197,7 @@ def _scores_of(
     return {uid: known[uid] for uid in wanted if uid in known}
 
 
-def _by_stratum(
-    rows: Sequence[Row], scored: Mapping[str, Row], columns: tuple[str, ...]
-) -> tuple[dict[str, NDArray[np.float64]], tuple[int, int]]:
+def _by_stratum(rows: Sequence[Row], scored: Mapping[str, Row], columns: tuple[str, ...]) -> _Scores:
     """Return the scores of instances by scanner, and how many are flagged, of how many."""
     judged = [row for row in rows if row["sop_instance_uid"] in scored]
     names = stratum_names({name: [row[name] for row in judged] for name in columns}, len(judged))
@@ -199,25 +209,37 @@ def _by_stratum(
 
 
 def _known_scores(
-    lake: Lake, model: OpenModel, calibration: Mapping[str, Any], rows: Sequence[Row]
-) -> tuple[dict[str, NDArray[np.float64]], tuple[int, int]]:
-    """Return the scores of a baseline that nothing was fitted on.
+    lake: Lake, model: OpenModel, calibration: Mapping[str, Any], rows: Sequence[Row], seed: int
+) -> tuple[_Scores, str | None]:
+    """Return the scores of a baseline that nothing was fitted on, as many as patients, or why there are none.
 
     Those of the normals that were calibrated on are the calibration's own, out of fold; the score rows of these
-    normals are too good. All others have honest score rows.
+    normals are too good. All others have honest score rows, if they have any: without them the baseline would be
+    normals alone. The calibration does not say whose its scores are, so as many as it has patients are drawn.
     """
     judge = judge_of(calibration)
     strata = [Stratum.from_row(item) for item in calibration["strata"] or ()]
     own = strata[1:] or strata or [judge.strata[POOLED]]
-    others = [row for row in rows if (row["split"], row["label"]) != ("calibrate", "normal")]
+    unscorable = kept_from_scores(lake, model.cohort)
+    others = [
+        row
+        for row in rows
+        if (row["split"], row["label"]) != ("calibrate", "normal") and row["sop_instance_uid"] not in unscorable
+    ]
     scored = _scores_of(lake, model.cohort, model, calibration, others)
+    if len(scored) < _NEARLY_ALL * len(others):
+        return ({}, (0, 0)), (
+            f"scores: {len(others) - len(scored)} of {len(others)} held-out images of the baseline that were not "
+            f"calibrated on have no score; run `memmc score --cohort {model.cohort}`"
+        )
+    rng = np.random.default_rng(seed)
     found, (flagged, total) = _by_stratum(others, scored, tuple(calibration["strata_columns"] or ()))
     for stratum in own:
-        mine = np.array(stratum.normal_scores, np.float64)
+        mine = rng.choice(stratum.normal_scores, stratum.num_patients or stratum.num_normals, replace=False)
         found[stratum.stratum] = np.concatenate([found.get(stratum.stratum, np.empty(0)), mine])
         flagged += int((mine > judge.threshold(stratum.stratum)).sum())
         total += len(mine)
-    return found, (flagged, total)
+    return (found, (flagged, total)), None
 
 
 def _conformal(calibration: Mapping[str, Any], scored: Mapping[str, Row]) -> Conformal:
@@ -247,7 +269,7 @@ def _record(lake: Lake, result: DriftResult, shifts: Sequence[Shift], now: datet
         "value": max((shift.effect for shift in shifts if shift.drifted), default=0.0),
         "adjusted": shifts[0].adjusted if shifts else None,
         "alarm": ALARM if result.drifted else None,
-        "found": "; ".join(result.findings) if result.tested else "too few patients",
+        "found": "; ".join([*result.findings, *result.left_out]) if result.tested else "too few patients",
     }
     rows = [
         {

@@ -44,7 +44,8 @@ def evaluate(
         boxes: CSV of lesion boxes (see `memmc.pipeline.localise.read_boxes`); adds `boxes`.
 
     Raises:
-        DataError: no normal or no abnormal image of an unseen patient.
+        MissingClassError: no normal or no abnormal image of an unseen patient.
+        DataError: the model is not calibrated; or scores are missing and `operate.window` is closed.
         ModelError: no such model.
         StorageError: the lake or the model registry cannot be reached.
     """
@@ -85,4 +86,5 @@ def as_result(assessment: Assessment, model: OpenModel, cohort: str) -> Evaluati
         sensitivity_at=[asdict(item) for item in assessment.sensitivities],
         rates=[asdict(item) for item in assessment.rates],
         groups=[asdict(item) for item in assessment.groups],
+        tables_read=dict(assessment.versions),
     )

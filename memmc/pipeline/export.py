@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import pyarrow as pa
 from memmc.config import Config
 from memmc.dicom.deidentify import key_id, open_path
 from memmc.errors import DataError, UsageError
+from memmc.lake.schemas import INSTANCES
 from memmc.lake.tables import Lake
 from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import held_key, home_directory
@@ -34,6 +36,7 @@ COLUMNS = (
     "scored_at",
     "stratum",
     "not_scored",
+    "calibration_id",
 )
 
 
@@ -75,7 +78,8 @@ def export_scores(
 
     Returns:
         A table with `COLUMNS` or `STUDY_COLUMNS`, the most abnormal first; last those without a score, whose
-        `not_scored` says why.
+        `not_scored` says why. Scores of two calibrations cannot be compared: instances that the newest has not scored
+        yet come after those that it has. A study is judged by the newest alone, on which it needs an instance.
 
     Raises:
         DataError: the cohort has no scores.
@@ -92,7 +96,7 @@ def export_scores(
     if level == "study":
         names, rows = STUDY_COLUMNS, _studies(config, lake, cohort, model, rows)
     else:
-        names, rows = COLUMNS, _instances(config, lake, rows)
+        names, rows = COLUMNS, _instances(config, lake, cohort, model, rows)
     schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in names])
     table = pa.table({name: [row[name] for row in rows] for name in names}, schema=schema)
     if out is not None and out.suffix == ".parquet":
@@ -102,14 +106,21 @@ def export_scores(
     return table
 
 
-def _instances(config: Config, lake: Lake, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _instances(
+    config: Config, lake: Lake, cohort: str, model: str | None, rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    newest = newest_calibration(lake, open_model(config, home_directory(), model, cohort))["calibration_id"]
     key = held_key(config, home_directory())
     if key is not None and lake.key_id() != key_id(key):
         key = None
     for row in rows:
         row["source_key"] = None if key is None else open_path(key, row["source_ref"])
-    rows.sort(key=lambda row: (row["not_scored"] is not None, -(row["anomaly_score"] or 0), row["sop_instance_uid"]))
-    return rows
+
+    def place(row: dict[str, Any]) -> tuple[bool, bool, float, str]:
+        old = row["calibration_id"] != newest
+        return row["not_scored"] is not None, old, -(row["anomaly_score"] or 0.0), row["sop_instance_uid"]
+
+    return sorted(rows, key=place)
 
 
 def _studies(
@@ -120,7 +131,15 @@ def _studies(
     mine = [row for row in rows if row["calibration_id"] == calibration["calibration_id"]]
     if not mine:
         raise DataError("no scores of the newest calibration; run `memmc score` again, then ask for studies")
-    return study_rows(mine, calibration["study_p_values"], calibration["false_positive_rate"])
+    return study_rows(mine, calibration["study_p_values"], calibration["false_positive_rate"], _sizes(lake, cohort))
+
+
+def _sizes(lake: Lake, cohort: str) -> Counter[str]:
+    """Return the number of instances of each study, those without a score included."""
+    where: dict[str, Any] = {"cohort": cohort, "outcome": ("stored", "excluded", "quarantined")}
+    rows = lake.read(INSTANCES, ["sop_instance_uid", "study_uid"], filter=where).to_pylist()
+    studies = {row["sop_instance_uid"]: row["study_uid"] or row["sop_instance_uid"] for row in rows}
+    return Counter(study for uid, study in studies.items() if uid is not None)
 
 
 def rows_as_csv(table: Any) -> str:

@@ -1,7 +1,7 @@
 """The model card: what a model is for, what it learned from, how it was judged and where it ends.
 
 It stands in the model's run as ``card/model_card.md`` and ``.json``, and as the description of its version in the
-registry. Each evaluation is added to it.
+registry. Each evaluation is added to it; a later calibration takes the place of the one before.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ def build_card(
         calibration: its thresholds.
     """
     info = model.info
-    refused = [f"{item['stratum']}: {item['refused']}" for item in calibration.strata if item.get("refused")]
     return {
         "format": FORMAT,
         "model": model.ref,
@@ -77,7 +76,7 @@ def build_card(
         },
         "calibration": calibration.as_dict(),
         "evaluations": {},
-        "limits": [*_LIMITS, *(f"No threshold of its own for {text}" for text in refused)],
+        "limits": _limits(calibration),
         "stamps": {
             "model_digest": model.digest,
             "preprocess_id": model.preprocess_id,
@@ -112,9 +111,36 @@ def add_evaluation(tracking: Tracking, model: OpenModel, measured: EvaluationRes
     found = {name: getattr(measured, name) for name in _FIGURES}
     found |= {"controls": measured.controls, "measured_at": datetime.now(UTC).isoformat(timespec="seconds")}
     publish_card(tracking, model, {**card, "evaluations": {**card["evaluations"], measured.cohort: found}})
+    _sent(tracking)
+    return True
+
+
+def set_calibration(tracking: Tracking, model: OpenModel, calibration: CalibrationResult) -> bool:
+    """Show another calibration on a model's card, in place of the one before; False where there is no card.
+
+    Evaluations stay, each with the calibration that it was measured with.
+
+    Raises:
+        StorageError: the store cannot be reached.
+    """
+    card = read_card(tracking, model)
+    if card is None:
+        return False
+    changed = {"calibration": calibration.as_dict(), "limits": _limits(calibration)}
+    changed["stamps"] = {**card["stamps"], "calibration_id": calibration.calibration_id}
+    publish_card(tracking, model, {**card, **changed})
+    _sent(tracking)
+    return True
+
+
+def _limits(calibration: CalibrationResult) -> list[str]:
+    refused = [f"{item['stratum']}: {item['refused']}" for item in calibration.strata if item.get("refused")]
+    return [*_LIMITS, *(f"No threshold of its own for {text}" for text in refused)]
+
+
+def _sent(tracking: Tracking) -> None:
     if not tracking.flush():
         raise StorageError(f"the tracking store {tracking.place} does not answer; the card is sent when it does")
-    return True
 
 
 def read_card(tracking: Tracking, model: OpenModel) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from memmc.lake.schemas import INSTANCES
 from memmc.lake.tables import Lake
 from memmc.pipeline.models import OpenModel
 from memmc.pipeline.score_plan import newer, since_limits
+from memmc.pipeline.select import calibrated_on
 
 Row = dict[str, Any]
 
@@ -35,7 +36,7 @@ def window_rows(
     Args:
         lake: holds the cohort.
         cohort: or a view.
-        model: what it has learned from is never part of a window.
+        model: what it has learned from, or was calibrated on, is never part of a window.
         since: a date or a version of `instances`; the last `monitor.window_days` when absent.
         rules: settings.
         now: end of the window.
@@ -48,7 +49,19 @@ def window_rows(
     if since is None:
         moment = now - timedelta(days=rules.window_days)
     met = lake.read(INSTANCES, ["object_key"], model.dataset_version, {"cohort": model.cohort, "outcome": "stored"})
-    return without(newer(rows, moment, older), "object_key", met["object_key"])
+    return without_calibrated(without(newer(rows, moment, older), "object_key", met["object_key"]), lake, model)
+
+
+def without_calibrated(rows: pa.Table, lake: Lake, model: OpenModel) -> pa.Table:
+    """Return the rows without the held-out shares that the model was calibrated on, those of other cohorts among them.
+
+    Args:
+        rows: with `object_key`.
+    """
+    for cohort, version in calibrated_on(lake, model):
+        where = {"cohort": cohort, "outcome": "stored", "split": "calibrate"}
+        rows = without(rows, "object_key", lake.read(INSTANCES, ["object_key"], version, where)["object_key"])
+    return rows
 
 
 def baseline_rows(lake: Lake, model: OpenModel) -> pa.Table:

@@ -43,7 +43,7 @@ class Judged:
         loaded: its weights.
         calibration: row of `calibrations`.
         judge: of the calibration, at the rate asked for.
-        passes: per image.
+        passes: per image; all of them, also where the calibration lets images stop early (`score.early_stop`).
     """
 
     model: OpenModel
@@ -62,16 +62,16 @@ class Judged:
 
         Raises:
             DataError: the model is not calibrated.
-            GateRefused: its normals cannot carry the rate.
+            GateRefused: its normals, all strata together, cannot carry the rate.
         """
         calibration = newest_calibration(lake, model)
-        chosen = calibration if rate is None else {**calibration, "false_positive_rate": rate}
+        judge = judge_of(calibration)
         return cls(
             model,
             load_model(model.folder, "cuda" if torch.cuda.is_available() else "cpu"),
             calibration,
             scorer_from_bytes(calibration["scorer_state"]),
-            judge_of(chosen),
+            judge if rate is None else judge.at(rate),
             calibration["passes"] or config.score.passes,
         )
 
@@ -80,7 +80,7 @@ class Judged:
         return (images_NCHW - self.loaded.info.pixel_mean) / self.loaded.info.pixel_std
 
     def scores(self, images_NCHW: Tensor, uids: Sequence[str]) -> NDArray[np.float64]:
-        """Return the score (N,) of each image, by the code that fills the lake."""
+        """Return the score (N,) of each image after all passes, as the lake holds it where no image stops early."""
         info, found = self.loaded.info, list[NDArray[np.float64]]()
         device = next(self.loaded.model.parameters()).device
         for start in range(0, len(images_NCHW), _BATCH):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from memmc.config import Config
-from memmc.errors import DataError, IntegrityError, PreprocessMismatch
+from memmc.errors import DataError, IntegrityError, MissingClassError
 from memmc.evaluation.report import render_report
 from memmc.evaluation.report_data import (
     CalibrationFacts,
@@ -19,6 +20,7 @@ from memmc.evaluation.report_data import (
     Provenance,
     Reason,
     ReportData,
+    StratumFacts,
     TrainingCurve,
     select_cases,
 )
@@ -32,8 +34,9 @@ from memmc.pipeline.memory_health import memory_health
 from memmc.pipeline.models import OpenModel, open_model, tracking_of
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import EvaluationResult, ReportResult
-from memmc.pipeline.select import newest_calibration, score_rows
+from memmc.pipeline.select import newest_calibration, score_rows, versions_read
 from memmc.pipeline.why import Explainer
+from memmc.scoring.strata import POOLED, judge_of
 
 _EXPLAINED, _PARTS = 3, 2
 _PLACES = {"lake", "source", "deid", "tracking"}  # sections that a page does not show
@@ -56,7 +59,7 @@ def report(
         out: the HTML file; `reports/<cohort>-<model>.html` in the lake when absent.
 
     Raises:
-        DataError: the cohort has neither scores nor labelled images.
+        DataError: the cohort has neither scores nor labelled images, or those that are labelled cannot be measured.
     """
     return report_and_evaluation(config, cohort, model, out=out, masks=masks, boxes=boxes, progress=progress)[0]
 
@@ -78,9 +81,7 @@ def report_and_evaluation(
     opened = open_model(config, home_directory(), model, cohort)
     try:
         assessment = assess(config, lake, opened, cohort, masks, progress, boxes)
-    except (IntegrityError, PreprocessMismatch):
-        raise
-    except DataError:  # nothing labelled to measure on; what else is missing, _gather names
+    except MissingClassError:
         assessment = None
     data = _gather(config, lake, opened, cohort, assessment)
     data = replace(data, reasons=_reasons(config, lake, opened, cohort, data.most_abnormal, progress))
@@ -98,7 +99,7 @@ def report_and_evaluation(
 
 
 def _gather(config: Config, lake: Lake, model: OpenModel, cohort: str, assessment: Assessment | None) -> ReportData:
-    calibration = newest_calibration(lake, model)
+    versions, calibration = versions_read(lake), newest_calibration(lake, model)
     known = score_rows(lake, cohort, model, calibration["calibration_id"], without_score=True)
     scores = {uid: row for uid, row in known.items() if row["not_scored"] is None}
     reasons = [row["not_scored"] for row in known.values() if row["not_scored"] is not None]
@@ -109,15 +110,8 @@ def _gather(config: Config, lake: Lake, model: OpenModel, cohort: str, assessmen
         title=f"Anomaly report: cohort {cohort}",
         cohort=cohort,
         created_at=datetime.now(UTC),
-        provenance=_provenance(config, lake, model),
-        calibration=CalibrationFacts(
-            calibration_id=calibration["calibration_id"],
-            scorer=calibration["scorer"],
-            false_positive_rate=calibration["false_positive_rate"],
-            threshold=calibration["threshold"],
-            num_normals=calibration["num_normals"],
-            map_scale=calibration["map_scale"],
-        ),
+        provenance=_provenance(config, model, assessment.versions if assessment else versions),
+        calibration=_facts(calibration),
         scores=_array([row["anomaly_score"] for row in scores.values()]),
         num_flagged=sum(row["is_abnormal"] for row in scores.values()),
         num_patients=len({row["patient_key"] for row in scores.values()}),
@@ -134,6 +128,20 @@ def _gather(config: Config, lake: Lake, model: OpenModel, cohort: str, assessmen
         ingest=_account(lake, cohort),
         memory=memory_health(config, lake, model, cohort, assessment.rows if assessment else ()),
         training=_curve(config, model),
+    )
+
+
+def _facts(calibration: Mapping[str, Any]) -> CalibrationFacts:
+    judge = judge_of(calibration)
+    own = [stratum for name, stratum in sorted(judge.strata.items()) if name != POOLED]
+    return CalibrationFacts(
+        calibration_id=calibration["calibration_id"],
+        scorer=calibration["scorer"],
+        false_positive_rate=calibration["false_positive_rate"],
+        threshold=calibration["threshold"],
+        num_normals=calibration["num_normals"],
+        map_scale=calibration["map_scale"],
+        strata=tuple(StratumFacts(item.stratum, judge.threshold(item.stratum), item.num_normals) for item in own),
     )
 
 
@@ -203,7 +211,7 @@ def _account(lake: Lake, cohort: str) -> tuple[IngestCount, ...]:
     return tuple(IngestCount(outcome, reason, count) for (outcome, reason), count in sorted(counts.items(), key=str))
 
 
-def _provenance(config: Config, lake: Lake, model: OpenModel) -> Provenance:
+def _provenance(config: Config, model: OpenModel, versions: Mapping[str, int]) -> Provenance:
     info = model.info
     return Provenance(
         model=model.ref,
@@ -215,6 +223,7 @@ def _provenance(config: Config, lake: Lake, model: OpenModel) -> Provenance:
         durations_s={"train": float(info.get("train_seconds", 0.0))},
         versions=dict(info.get("versions", {})),
         config_text=json.dumps(config.model_dump(mode="json", exclude=_PLACES), indent=2),
+        tables_read=versions,
     )
 
 

@@ -105,10 +105,12 @@ class EvaluationResult(Result):
 
     Attributes:
         sensitivity_at: at fixed specificities, with intervals.
-        rates: promised and observed false-positive rates, with intervals; the data of a calibration plot.
+        rates: promised and observed false-positive rates, with intervals, and what is expected; the data of a
+            calibration plot.
         groups: the same model on parts of the images.
         localisation: of maps against lesion masks, and of its controls.
         boxes: of regions against boxes, and of their controls.
+        tables_read: version of each table that images and labels were read from.
     """
 
     auroc: float
@@ -135,6 +137,7 @@ class EvaluationResult(Result):
     sensitivity_at: list[dict[str, Any]] = field(default_factory=list)
     rates: list[dict[str, Any]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
+    tables_read: dict[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True)

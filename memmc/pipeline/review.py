@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from memmc.pipeline.results import Result
 from memmc.pipeline.select import newest_calibration, newest_reviews, score_rows
 from memmc.registry.promotion import champion_of
 from memmc.scoring.calibration import smallest_rate
+from memmc.scoring.strata import POOLED, judge_of
 
 Row = dict[str, Any]
 State = Literal["accepted", "rejected"]
@@ -42,10 +43,10 @@ class ScreenResult(Result):
 
     Attributes:
         model: the champion; None where there is none yet, who would know nothing.
-        screened: normals that it neither learned nor was calibrated on.
+        screened: normals with a score that it neither learned nor was calibrated on.
         suspects: found now.
         waiting: suspects in all.
-        limit: p-value at or below which a normal is suspect.
+        limit: p-value at or below which a normal is suspect; higher in a stratum whose own normals are too few for it.
     """
 
     cohort: str
@@ -71,10 +72,10 @@ def screen(config: Config, cohort: str, *, progress: Progress | None = None) -> 
     What a person has judged is not suspected again.
 
     Raises:
-        DataError: nothing stored, or the champion is not calibrated.
+        DataError: nothing stored, the champion is not calibrated, or scores are missing and `operate.window` is closed.
         PreprocessMismatch: the cohort's pixels were prepared otherwise than the champion's.
     """
-    from memmc.pipeline.score import score
+    from memmc.pipeline.score import score_all
 
     check_cohort(cohort)
     progress = progress or Silent()
@@ -85,14 +86,16 @@ def screen(config: Config, cohort: str, *, progress: Progress | None = None) -> 
     champion = open_model(config, home, found.ref)
     calibration = newest_calibration(lake, champion)
     limit = max(config.retrain.screen_p_value, smallest_rate(calibration["num_normals"]))
-    score(config, cohort, champion.ref, progress=progress)
+    score_all(config, cohort, champion.ref, progress=progress)
     progress.stage("screen")
-    rows = _new_normals(lake, cohort, champion)
     known = newest_reviews(lake, cohort)
     scores = score_rows(lake, cohort, champion, calibration["calibration_id"])
-    odd = suspects(
-        [{**row, **scores[row["sop_instance_uid"]]} for row in rows if row["sop_instance_uid"] in scores], limit
-    )
+    rows = [
+        {**row, **scores[row["sop_instance_uid"]]}
+        for row in _new_normals(lake, cohort, champion)
+        if row["sop_instance_uid"] in scores
+    ]
+    odd = suspects(rows, limit, _num_normals(calibration))
     new = [row for row in odd if row["sop_instance_uid"] not in known]
     if new:
         fixed = {"state": "suspect", "model": champion.ref, "model_digest": champion.digest}
@@ -102,9 +105,20 @@ def screen(config: Config, cohort: str, *, progress: Progress | None = None) -> 
     return ScreenResult(cohort, champion.ref, len(rows), len(new), waiting, limit)
 
 
-def suspects(scored: Sequence[Row], limit: float) -> list[Row]:
-    """Return the rows whose p-value is at most the limit."""
-    return [row for row in scored if row["p_value"] <= limit + 1e-12]
+def suspects(scored: Sequence[Row], limit: float, num_normals: Mapping[str, int]) -> list[Row]:
+    """Return the rows whose p-value is at most the limit, or the smallest that their stratum's normals can give.
+
+    Args:
+        scored: rows with `p_value` and `stratum`.
+        limit: for strata whose normals carry it.
+        num_normals: behind the p-values of a stratum.
+    """
+    least = {name: max(limit, smallest_rate(count)) for name, count in num_normals.items()}
+    return [row for row in scored if row["p_value"] <= least.get(row["stratum"] or POOLED, limit) + 1e-12]
+
+
+def _num_normals(calibration: Mapping[str, Any]) -> dict[str, int]:
+    return {name: len(stratum.normal_scores) for name, stratum in judge_of(calibration).strata.items()}
 
 
 def reviews(config: Config, cohort: str, *, every: bool = False) -> ReviewResult:

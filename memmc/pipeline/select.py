@@ -125,9 +125,7 @@ def calibrated_on(lake: Lake, model: OpenModel) -> list[tuple[str, int]]:
     return sorted({(row["cohort"], row["dataset_version"]) for row in rows})
 
 
-def ever_normal(
-    lake: Lake, cohort: str, version: int, splits: Collection[str], columns: list[str]
-) -> pa.Table:
+def ever_normal(lake: Lake, cohort: str, version: int, splits: Collection[str], columns: list[str]) -> pa.Table:
     """Return the stored rows of splits that anybody ever called normal, at ingest or since.
 
     An image that was learned as normal stays known to the model after a reviewer has called it abnormal. A view's rule
@@ -212,6 +210,7 @@ def score_rows(
     columns: tuple[str, ...] = (),
     *,
     uids: Collection[str] | None = None,
+    preferred: str | None = None,
     without_score: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Return the newest score row of each instance, by SOP Instance UID.
@@ -219,6 +218,7 @@ def score_rows(
     Args:
         columns: besides those of every call; with large ones, such as maps, name the instances.
         uids: of the instances that are wanted; all when absent.
+        preferred: a calibration whose scores go before newer ones of others, where `calibration_id` is None.
         without_score: also the rows that say why an instance has no score, where it has none.
     """
     if not lake.exists("scores"):
@@ -233,15 +233,19 @@ def score_rows(
         where["sop_instance_uid"] = tuple(uids)
     rows = sorted(
         lake.read("scores", names, filter=where).to_pylist(),
-        key=lambda row: (row["not_scored"] is None, row["scored_at"]),
+        key=lambda row: (row["not_scored"] is None, row["calibration_id"] == preferred, row["scored_at"]),
     )
     return {row["sop_instance_uid"]: row for row in rows if without_score or row["not_scored"] is None}
 
 
 def scored_instances(config: Config, lake: Lake, cohort: str, reference: str | None) -> list[dict[str, Any]]:
-    """Return a cohort's score rows, those without a score included, joined to label, split and sealed source path."""
+    """Return a cohort's score rows, those without a score included, joined to label, split and sealed source path.
+
+    Of an instance that several calibrations have scored, the row of the newest calibration.
+    """
     model = open_model(config, home_directory(), reference, cohort)
-    scores = score_rows(lake, cohort, model, None, without_score=True)
+    newest = newest_calibration(lake, model)["calibration_id"]
+    scores = score_rows(lake, cohort, model, None, preferred=newest, without_score=True)
     columns = ["sop_instance_uid", "label", "split", "source_ref", "outcome"]
     where: dict[str, Any] = {"cohort": cohort, "outcome": ("stored", "excluded", "quarantined")}
     instances = lake.instances_with_labels(columns, None, where).to_pylist()

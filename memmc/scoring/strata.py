@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from memmc.errors import GateRefused
-from memmc.scoring.calibration import Floats, false_positive_interval, p_values, threshold_at
+from memmc.scoring.calibration import Floats, false_positive_interval, p_values, smallest_rate, threshold_at
 
 POOLED = "pooled"
 UNKNOWN = "UNKNOWN"
@@ -153,6 +153,20 @@ class Judge:
     def threshold(self, stratum: str = POOLED) -> float:
         """Return the score above which an image of the stratum is abnormal."""
         return threshold_at(self.strata.get(stratum, self.strata[POOLED]).normal_scores, self.rate)
+
+    def at(self, rate: float) -> Judge:
+        """Return the judge at another rate; strata whose own normals cannot carry it are judged by the pooled ones.
+
+        Raises:
+            GateRefused: the pooled normals cannot carry it either.
+        """
+        threshold_at(self.strata[POOLED].normal_scores, rate)
+        able = {
+            name: item
+            for name, item in self.strata.items()
+            if name == POOLED or smallest_rate(len(item.normal_scores)) <= rate + 1e-12
+        }
+        return Judge(rate, self.columns, able)
 
     def judge(self, scores: ArrayLike, names: Sequence[str]) -> Verdicts:
         """Return the verdicts of scores of the named strata."""
