@@ -25,7 +25,7 @@ from memmc.pipeline.images import read_images
 from memmc.pipeline.quality import flags_of, gate
 from memmc.pipeline.score_ledger import ScoreLedger
 from memmc.pipeline.score_plan import plan_scores
-from memmc.pipeline.select import normals
+from memmc.pipeline.select import ever_normal, normals
 
 VIEWS = ("PA", "AP", None)
 
@@ -112,6 +112,30 @@ def test_steps_take_a_view_for_a_cohort(config, lake):
     assert set(lake.read(QUALITY, ["cohort"])["cohort"].to_pylist()) == {"a", "b"}
     assert set(flags_of(lake, "frontal")) == set(uids(lake, "frontal"))
     assert gate(strict, "a").gated == 0  # its instances have been gated already
+
+
+def test_what_was_once_normal_stays_known_under_every_name(lake):
+    """A reviewer calls a learned image abnormal: it has been seen all the same, in a view whose rule names normals too."""
+    define(lake, "v", ("a", "b"), parse_rule(["label=normal"]))
+    columns, splits = ["sop_instance_uid", "label"], ("train", "calibrate", "test", "none")
+    version = lake.version(INSTANCES)
+    before = {name: ever_normal(lake, name, version, splits, columns) for name in ("a", "v")}
+    assert all(table.num_rows for table in before.values())
+    uid = before["a"]["sop_instance_uid"][0].as_py()
+    lake.append(LABELS, opinion(uid, "abnormal", "a"))
+    assert normals_of(lake, "a") < set(before["a"]["sop_instance_uid"].to_pylist())
+    for name, table in before.items():
+        assert ever_normal(lake, name, version, splits, columns).equals(table)
+    asked = lake.read(INSTANCES, ["sop_instance_uid"], filter={"cohort": "c"})["sop_instance_uid"].to_pylist()
+    lake.append(LABELS, opinion(asked[0], "unknown", "c"))
+    lake.append(LABELS, opinion(asked[0], "normal", "c", 1))
+    lake.append(LABELS, opinion(asked[0], "unknown", "c", 2))
+    assert asked[0] in ever_normal(lake, "c", version, splits, columns)["sop_instance_uid"].to_pylist()
+
+
+def normals_of(lake: Lake, name: str) -> set[str]:
+    where = {"cohort": name, "outcome": "stored", "label": "normal"}
+    return set(lake.instances_with_labels(["sop_instance_uid"], None, where)["sop_instance_uid"].to_pylist())
 
 
 def test_what_a_cohort_has_scored_is_not_scored_again_for_its_view(lake):

@@ -27,6 +27,12 @@ def test_studies_that_change_side_come_first_and_unjudged_ones_not_at_all():
     assert found[0].shift == pytest.approx(2.0) and found[1].shift == pytest.approx(-1.0)
 
 
+def test_a_study_without_a_verdict_has_not_stayed_on_its_side():
+    unjudged = {**study("s1", 0.04), "is_abnormal": None}
+    assert changes([unjudged, study("s2", 0.5)], [study("s1", 0.5), study("s2", 0.5)])[0].study_uid == "s2"
+    assert changes([study("s1", 0.5)], [unjudged]) == []
+
+
 def test_a_better_model_is_better_and_the_same_model_is_not():
     rng = np.random.default_rng(0)
     labels = ["abnormal" if index % 2 else "normal" for index in range(200)]

@@ -124,9 +124,10 @@ def test_a_dead_memory_fails_and_no_memory_is_not_asked():
 
 
 def test_migration_parity_and_speed():
-    assert migration_gate(15, 15, 100, RULES, champion=True).verdict == "fail"
-    assert migration_gate(15, 5, 100, RULES, champion=True).verdict == "pass"
-    assert migration_gate(0, 0, 0, RULES, champion=False).verdict == "not applicable"
+    assert migration_gate(15, 15, 100, RULES).verdict == "fail"
+    assert migration_gate(15, 5, 100, RULES).verdict == "pass"
+    unasked = migration_gate(0, 0, 0, RULES, unjudged="7 normal studies, 19 are needed")
+    assert (unasked.verdict, unasked.why) == ("not applicable", "7 normal studies, 19 are needed")
     assert parity_gate({"program.pt2": 1e-6}, 1e-4, None).verdict == "pass"
     assert parity_gate({"program.pt2": 1e-3}, 1e-4, None).verdict == "fail"
     assert parity_gate({}, 1e-4, "scores otherwise").verdict == "fail"

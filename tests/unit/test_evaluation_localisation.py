@@ -168,3 +168,8 @@ def test_froc_is_what_counting_at_every_threshold_gives(seed: int) -> None:
 def test_no_box_anywhere_is_refused() -> None:
     with pytest.raises(DataError, match="no box among them"):
         box_figures([image([], [(0.0, 0.0, 1.0, 1.0)], [1.0])])
+
+
+def test_froc_of_a_large_cohort_takes_no_time() -> None:
+    peaks = [float(number) for number in range(40_000, 0, -1)]
+    assert froc([image([(0, 0, 8, 8)], [(0, 0, 8, 8), *[(20, 20, 4, 4)] * 39_999], peaks)])["0.25"] == 1.0

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memmc.evaluation.metrics import Interval
 from memmc.evaluation.operating import rate_points, sensitivities, sensitivity_at
 from memmc.evaluation.subgroups import NOT_STATED, group_of, subgroups
+from memmc.scoring.calibration import observed_rate_interval
 
 SCORES = st.lists(st.integers(0, 8).map(float), min_size=1, max_size=30)
 SETTINGS = {"resamplings": 100, "confidence": 0.95, "seed": 0}
@@ -49,10 +51,21 @@ def test_the_interval_holds_the_value_and_narrows_with_images():
 
 def test_observed_rates_follow_the_promise_for_uniform_p_values_and_not_for_shifted_ones():
     rng = np.random.default_rng(1)
-    good = rate_points(rng.uniform(size=1000), (0.01, 0.05, 0.1), 0.95)
+    expected = {rate: Interval(*observed_rate_interval(1000, rate, 1000)) for rate in (0.01, 0.05, 0.1)}
+    good = rate_points(rng.uniform(size=1000), expected, 0.95)
     assert all(point.interval.low <= point.nominal <= point.interval.high and point.holds for point in good)
-    bad = rate_points(rng.uniform(size=1000) ** 2, (0.01, 0.05, 0.1), 0.95)
+    bad = rate_points(rng.uniform(size=1000) ** 2, expected, 0.95)
     assert not any(point.holds for point in bad) and bad[0].num_normal == 1000
+
+
+def test_what_the_draw_of_a_small_calibration_set_does_breaks_no_promise():
+    """A threshold set on 99 normals flags 9 % of 1,000 others often enough, though 5 % lie outside of their interval."""
+    p_values = np.array([0.01] * 90 + [0.5] * 910)
+    (point,) = rate_points(p_values, {0.05: Interval(*observed_rate_interval(99, 0.05, 1000))}, 0.95)
+    assert point.interval.low > 0.05
+    assert point.holds
+    (many,) = rate_points(p_values, {0.05: Interval(*observed_rate_interval(9999, 0.05, 1000))}, 0.95)
+    assert not many.holds
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from memmc.evaluation import figures
 from memmc.evaluation.controls import evaluate_controls
 from memmc.evaluation.findings import findings
 from memmc.evaluation.metrics import Interval, evaluate_scores
+from memmc.evaluation.operating import RatePoint
 from memmc.evaluation.report import render_report, write_report
 from memmc.evaluation.report_data import (
     Ablation,
@@ -31,6 +32,7 @@ from memmc.evaluation.report_data import (
     Reason,
     ReportData,
     ShutOff,
+    StratumFacts,
     TrainingCurve,
     select_cases,
 )
@@ -108,7 +110,8 @@ def demo_report(seed: int = 0) -> ReportData:
         num_patients=150,
         evaluation=evaluate_scores(labels, scores, flagged, patients, **settings),
         controls=evaluate_controls(controls, labels, scores, patients, **settings),
-        localisation=Localisation(100, 0.872, 0.641),
+        localisation=Localisation(100, 0.872, 0.641, num_left_out=7),
+        rates=(RatePoint(0.05, 0.05, Interval(0.02, 0.09), NUM_NORMAL, Interval(0.015, 0.1)),),
         groups=(
             GroupResult("lesion", "consolidation", 200, 44, 0.871, Interval(0.81, 0.92), 0.61, 0.05),
             GroupResult("lesion", "nodule", 200, 31, 0.702, Interval(0.60, 0.79), 0.29, 0.05),
@@ -355,8 +358,12 @@ def test_findings_name_what_is_wrong(demo: ReportData) -> None:
     assert problems(controls=(close,)) == {"Lead over controls uncertain"}
     assert problems(controls=()) == {"No controls"}
     assert "Not evaluated" in problems(evaluation=None)
-    calibration = dataclasses.replace(demo.calibration, false_positive_rate=0.001, num_normals=19)
-    assert problems(calibration=calibration) == {"More false alarms than chosen", "Few calibration scans"}
+    calibration = dataclasses.replace(demo.calibration, num_normals=19)
+    assert problems(calibration=calibration) == {"Few calibration scans"}
+    (point,) = demo.rates
+    assert problems(rates=(dataclasses.replace(point, observed=0.11),)) == {"More false alarms than chosen"}
+    assert problems(rates=(dataclasses.replace(point, observed=0.01),)) == {"Fewer false alarms than chosen"}
+    assert not problems(rates=(dataclasses.replace(point, interval=Interval(0.06, 0.12), observed=0.09),))
     unsure, worse = (ShutOff(0.8, 0.01, Interval(-0.01, 0.03)), ShutOff(0.9, -0.1, Interval(-0.2, -0.05)))
     idle = MemoryHealth((MemoryLayer(1, 0.001, 1, 16, 0.1),), Ablation(48, 48, 0.81, unsure))
     assert problems(memory=idle) == {"Memory is ignored", "Memory adds nothing measurable"}
@@ -445,3 +452,26 @@ def test_the_highest_flagged_are_explained():
     assert "No scan was flagged, or nothing is kept" in render_report(demo_report())
     whole = render_report(dataclasses.replace(demo_report(), reasons=(dataclasses.replace(reason, shares=()),)))
     assert "of the score;" not in whole  # a score without parts
+
+
+def test_a_pooled_threshold_is_called_so_and_strata_have_theirs(demo: ReportData, html: str) -> None:
+    assert "pooled" not in html.lower()
+    own = (StratumFacts("manufacturer=A", 11.5, 120), StratumFacts("manufacturer=B", 13.25, 140))
+    calibration = dataclasses.replace(demo.calibration, strata=own, num_normals=60)
+    page = render_report(dataclasses.replace(demo, calibration=calibration))
+    text = Page(page).text
+    for said in ("Pooled threshold", "The pooled threshold is drawn", "manufacturer=A", "13.25 from 140 normals"):
+        assert said in text
+    assert "with the pooled threshold" in page
+    assert "The pooled threshold rests on 60" in text
+
+
+def test_the_page_names_the_versions_that_were_read_and_that_of_training(demo: ReportData) -> None:
+    provenance = dataclasses.replace(demo.provenance, tables_read={"instances": 31, "labels": 4})
+    text = Page(render_report(dataclasses.replace(demo, provenance=provenance))).text
+    assert "version 12 of instances" in text
+    assert "instances at version 31, labels at version 4" in text
+
+
+def test_masks_that_were_left_out_are_counted(html: str) -> None:
+    assert "7 masks that mark no stored pixel, or an image not labelled abnormal, are left out" in Page(html).text

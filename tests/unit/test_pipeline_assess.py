@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from watched_lake import START, batch
+from watched_lake import START, batch, later
 
 from memmc.config import Config, load_config
-from memmc.errors import DataError
+from memmc.errors import DataError, MissingClassError, PreprocessMismatch
 from memmc.evaluation.controls import FittedControls, control_scores
-from memmc.lake.schemas import INSTANCES
+from memmc.lake.schemas import INSTANCES, LABELS, QUALITY, SCHEMAS
 from memmc.lake.tables import Lake
 from memmc.pipeline import assess
+from memmc.pipeline import select as selection
 from memmc.pipeline.images import image_batches, read_images
 from memmc.pipeline.models import OpenModel
+from memmc.pipeline.progress import Silent
 from memmc.pipeline.select import normals
 
 CALIBRATION = {"cohort": "cxr", "dataset_version": 1}
@@ -72,3 +75,48 @@ def test_batches_hold_every_image_once(lake):
     np.testing.assert_array_equal(np.stack([images[uid] for uid in uids]), read_images(lake, "cxr", uids))
     with pytest.raises(DataError, match="1 of 71 instances have no pixels"):
         list(image_batches(lake, "cxr", [*uids, "absent"], 16))
+
+
+def split_of(lake: Lake, split: str) -> list[dict]:
+    columns = ["sop_instance_uid", "patient_key"]
+    return lake.read(INSTANCES, columns, 1, {"cohort": "cxr", "split": split}).to_pylist()
+
+
+@pytest.mark.parametrize("split", ["train", "calibrate"])
+def test_a_learned_image_that_a_reviewer_calls_abnormal_is_no_unseen_abnormal(lake, split):
+    one = split_of(lake, split)[0]
+    label = {"cohort": "cxr", "sop_instance_uid": one["sop_instance_uid"], "label": "abnormal", "source": "review"}
+    lake.append(LABELS, pa.Table.from_pylist([{**label, "labelled_at": later(9)}], schema=SCHEMAS[LABELS]))
+    assert one["patient_key"] in selection.met_patients(lake, MODEL)
+    assert one["sop_instance_uid"] not in {row["sop_instance_uid"] for row in selection.unmet(lake, MODEL, "cxr")}
+
+
+def test_the_copy_of_another_patients_picture_is_not_unseen(lake):
+    """A label lets it be scored; it does not make it new."""
+    copy = split_of(lake, "test")[0]["sop_instance_uid"]
+    assert copy in {row["sop_instance_uid"] for row in selection.unmet(lake, MODEL, "cxr")}
+    row = {"cohort": "cxr", "sop_instance_uid": copy, "patient_key": "x", "flags": ["QC_DUPLICATE_PIXELS"]}
+    row |= {"gate_id": "g", "run": "r", "gated_at": START, "perceptual_hash": "0" * 16, "thumbnail": b""}
+    lake.append(QUALITY, pa.Table.from_pylist([row], schema=SCHEMAS[QUALITY]))
+    assert copy not in {row["sop_instance_uid"] for row in selection.unmet(lake, MODEL, "cxr")}
+
+
+def test_a_missing_class_has_an_error_of_its_own(config, lake):
+    lake.append(INSTANCES, batch(3, 10, START, cohort="calm", split="test"))
+    with pytest.raises(MissingClassError, match="10 normal and 0 abnormal"):
+        selection.unmet(lake, MODEL, "calm")
+
+
+def test_masks_are_refused_where_they_cannot_be_placed(config, lake, tmp_path):
+    with pytest.raises(PreprocessMismatch, match=r"--masks are placed by the settings data.*call with those"):
+        assess.assess(config, lake, MODEL, "cxr", tmp_path / "m.csv", Silent())
+
+
+@pytest.mark.parametrize(("count", "fitted"), [(9, False), (10, True)])
+def test_the_mean_image_is_left_out_where_its_score_cannot_be_fitted(config, tmp_path, count, fitted):
+    lake = Lake(config.lake.uri)
+    lake.append(INSTANCES, batch(1, 12, START, split="train"))
+    lake.append(INSTANCES, batch(2, count, START, split="calibrate"))
+    lake.append(INSTANCES, batch(3, 4, START, split="test"))
+    found = assess.scores_without_model(config, lake, MODEL, {**CALIBRATION, "dataset_version": 3}, "cxr", unmet(lake))
+    assert ("mean_image" in found) == fitted

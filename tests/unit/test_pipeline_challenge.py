@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import judged_lake
 
 from memmc.config import PromoteConfig
 from memmc.evaluation.gates import Gate
 from memmc.lake.tables import Lake
-from memmc.pipeline import challenge
-from memmc.pipeline.challenge import Case, measure
+from memmc.pipeline import challenge, probing
+from memmc.pipeline.challenge import Case, measure, one_a_patient
 from memmc.pipeline.progress import Silent
 from memmc.pipeline.promote import verdict
 
 
 def test_a_score_without_an_exportable_form_is_not_asked_for_parity_and_the_verdict_says_why(tmp_path, monkeypatch):
     config, model = judged_lake.judged(tmp_path, "score.scorer=pasted_ms_ssim", "score.passes=10")
-    monkeypatch.setattr(challenge, "score", lambda *_given, **_named: None)  # all is scored; it would start a cluster
+    monkeypatch.setattr(
+        challenge, "score_all", lambda *_given, **_named: None
+    )  # all is scored; it would start a cluster
     found = {gate.name: gate for gate in measure(config, Lake(config.lake.uri), Case("cxr", model, None), Silent())}
     parity = found["export parity"]
     assert (parity.verdict, parity.measured) == ("not applicable", None)
@@ -28,3 +32,18 @@ def test_a_score_without_an_exportable_form_is_not_asked_for_parity_and_the_verd
     finds = Gate("planted lesions", 0.9, 0.1, "pass", "90% found")
     assert verdict(PromoteConfig(), [finds, parity], None) == ("promoted", "passes planted lesions")
     assert verdict(PromoteConfig(), [parity], None)[0] == "refused"
+
+
+def test_images_of_one_patient_are_one_draw():
+    rows = [{"sop_instance_uid": uid, "patient_key": key} for uid, key in (("1", "p"), ("2", "p"), ("3", None))]
+    assert [row["sop_instance_uid"] for row in one_a_patient(rows)] == ["1", "3"]
+
+
+def test_a_calibration_that_ends_passes_early_is_not_asked_for_parity_either(tmp_path, monkeypatch):
+    config, model = judged_lake.judged(tmp_path)
+    lake = Lake(config.lake.uri)
+    judged = probing.Judged.open(config, lake, model)
+    early = replace(judged, calibration={**judged.calibration, "early_stop": {"passes": []}})
+    gate = challenge._parity(config, lake, Case("cxr", model, None), early, [], Silent())
+    assert gate.verdict == "not applicable"
+    assert "score.early_stop" in gate.why

@@ -162,24 +162,25 @@ def test_what_a_model_learned_counts_by_the_labels_of_its_time(lake, monkeypatch
     tags = {"cohort": "a", "dataset_version": "1"}
     versions = [
         ModelVersion("memmc-a", "3", tags={**tags, "pinned_labels": "-1"}),  # before the first label
-        ModelVersion("memmc-a", "4", tags=tags),  # the newest labels
+        ModelVersion("memmc-a", "4", tags=tags),  # any label, as it does not say which
+        ModelVersion("memmc-a", "5", tags={**tags, "pinned_labels": "0"}),  # after the reader's
     ]
     monkeypatch.setattr(module, "all_versions", lambda _: versions)
     key = keyed_patient(load_key(str(lake.storage.local_path().parent / "key")), ORIGINAL)
     uids = lake.read(INSTANCES, ["sop_instance_uid"], filter={"patient_key": key})["sop_instance_uid"].to_pylist()
     lake.append(LABELS, label_rows([(uid, "abnormal", 1) for uid in uids]))
     done = erase(lake, "--patient", "-", "--dry-run", text=ORIGINAL)
-    assert done["models"] == [{"model": "memmc-a/3", "use": "training"}]
+    assert done["models"] == [{"model": f"memmc-a/{number}", "use": "training"} for number in (3, 4)]
 
 
-def test_a_calibration_counts_by_the_newest_labels_whatever_its_model_was_trained_with(lake, monkeypatch):
+def test_a_calibration_counts_by_any_label_as_it_does_not_say_which_it_read(lake, monkeypatch):
     tags = {"cohort": "z", "dataset_version": "1", "pinned_labels": "-1"}
     monkeypatch.setattr(module, "all_versions", lambda _: [ModelVersion("memmc-z", "9", digest="z9", tags=tags)])
     calibrated(lake, "z9")
     assert erase(lake, "--patient", patient(3), "--dry-run")["models"] == [{"model": "memmc-z/9", "use": "calibration"}]
     rows = lake.read(INSTANCES, ["sop_instance_uid"], filter={"patient_key": patient(3)})
     lake.append(LABELS, label_rows([(uid, "abnormal", 1) for uid in rows["sop_instance_uid"].to_pylist()]))
-    assert erase(lake, "--patient", patient(3), "--dry-run")["models"] == []
+    assert erase(lake, "--patient", patient(3), "--dry-run")["models"] == [{"model": "memmc-z/9", "use": "calibration"}]
 
 
 def test_the_summary_tells_models_that_met_the_images_from_those_that_cannot_be_read():

@@ -8,7 +8,7 @@ import pytest
 from memmc.dicom.deidentify import keyed_uid
 from memmc.dicom.geometry import Box
 from memmc.errors import DataError, UsageError
-from memmc.pipeline.localise import localise_masks, read_boxes
+from memmc.pipeline.localise import drawn_masks, localise_masks, read_boxes
 
 KEY = b"k" * 32
 HEADER = "sop_instance_uid,x,y,width,height\n"
@@ -54,3 +54,11 @@ def test_masks_are_judged_at_the_calibrations_level():
     assert localise_masks([mask * 4.0], [mask], {"map_level": 4.0}, 0).dice == 0.0
     with pytest.raises(DataError, match="memmc calibrate"):
         localise_masks([mask * 4.0], [mask], {"map_level": None}, 0)
+
+
+def test_masks_that_no_map_can_agree_with_are_counted_and_left_out():
+    empty, drawn = np.zeros((16, 16), bool), np.ones((16, 16), bool)
+    labels = {"a": "abnormal", "b": "abnormal", "c": "normal", "d": "normal", "e": "abnormal"}
+    rows = [{"sop_instance_uid": uid, "label": label} for uid, label in labels.items()]
+    found, left_out = drawn_masks(rows, {"a": drawn, "b": empty, "c": drawn, "d": empty, "elsewhere": drawn})
+    assert (list(found), left_out) == (["a"], 3)

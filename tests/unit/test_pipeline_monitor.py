@@ -10,15 +10,17 @@ from safetensors.numpy import load_file, save_file
 from watched_lake import batch, later, make, score
 
 from memmc.errors import PreprocessMismatch
-from memmc.lake.schemas import INSTANCES, MONITORING, SCORES
+from memmc.lake.schemas import CALIBRATIONS, INSTANCES, MONITORING, SCHEMAS, SCORES
 from memmc.lake.tables import Lake
-from memmc.pipeline.canaries import canaries
-from memmc.pipeline.drift import drift
+from memmc.pipeline.canaries import canaries, recent_normals
+from memmc.pipeline.drift import _known_scores, drift
 from memmc.pipeline.findings import recorded
 from memmc.pipeline.golden import golden
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import open_model
 from memmc.pipeline.monitor import monitor
+from memmc.pipeline.observed import window_rows
+from memmc.pipeline.select import calibrations
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +266,55 @@ def test_without_a_champion_that_is_the_alarm(site):
     assert names(result) == {"no_champion"}
     assert result.skipped
     assert Lake(config.lake.uri).exists(MONITORING)
+
+
+def test_what_a_calibration_on_another_cohort_has_met_is_in_no_window_and_carries_no_canary(site):
+    config, folder = site
+    lake, model = Lake(config.lake.uri), open_model(config, home_directory(), folder)
+    version = lake.append(INSTANCES, batch(7, 50, later(6), cohort="prod"))
+    (row,) = calibrations(lake, model)
+    again = {**row, "calibration_id": "d", "cohort": "prod", "dataset_version": version, "created_at": later(6)}
+    again |= {"model": model.ref, "model_digest": model.digest}
+    lake.append(CALIBRATIONS, pa.Table.from_pylist([again], schema=SCHEMAS[CALIBRATIONS]))
+    where = {"cohort": "prod", "split": "calibrate"}
+    met = set(lake.read(INSTANCES, ["sop_instance_uid"], filter=where)["sop_instance_uid"].to_pylist())
+    window = window_rows(lake, "prod", model, None, config.monitor, later(8))["sop_instance_uid"].to_pylist()
+    assert len(met) == 20
+    assert len(window) == 30
+    assert met.isdisjoint(window)
+    assert met.isdisjoint(recent_normals(lake, "prod", model, 50))
+
+
+def test_a_baseline_of_normals_alone_is_compared_with_no_scores(site):
+    """Only another cohort has been scored, so that the baseline knows the calibration's own normals and no other."""
+    config, folder = site
+    lake, model = Lake(config.lake.uri), open_model(config, home_directory(), folder)
+    since = week(config, folder)
+    scored = drift(config, "cxr", folder, since=since, now=later(8))
+    assert scored.left_out == []
+    assert [shift for shift in scored.shifts if shift["name"] == "anomaly score"]
+    where = {"cohort": "cxr", "split": "test"}
+    held = lake.read(INSTANCES, ["sop_instance_uid"], model.dataset_version, where)["sop_instance_uid"].to_pylist()
+    kept = lake.read(SCORES, SCHEMAS[SCORES].names)
+    kept = kept.filter(pa.array([uid not in held for uid in kept["sop_instance_uid"].to_pylist()]))
+    shutil.rmtree("lake/scores")
+    lake.append(SCORES, kept)
+    bare = drift(config, "cxr", folder, since=since, now=later(8))
+    assert bare.num_scored == 40
+    assert not [shift for shift in bare.shifts if shift["group"] == "scores"]
+    assert "60 of 60 held-out images" in bare.left_out[0]
+    assert "run `memmc score --cohort cxr`" in bare.left_out[0]
+
+
+def test_a_patient_with_many_calibration_images_counts_once(site):
+    config, folder = site
+    lake, model = Lake(config.lake.uri), open_model(config, home_directory(), folder)
+    (row,) = calibrations(lake, model)
+    assert row["strata"][0]["num_patients"] == 60
+    fewer = [{**stratum, "num_patients": stratum["num_patients"] // 2} for stratum in row["strata"]]
+    rows = lake.instances_with_labels(["sop_instance_uid", "split", "label", "manufacturer"], None, {"split": "test"})
+    (scores, flagged), why = _known_scores(lake, model, {**row, "strata": fewer}, rows.to_pylist(), 0)
+    assert why is None
+    assert (
+        flagged[1] == sum(len(values) for values in scores.values()) == 60 + sum(s["num_patients"] for s in fewer[1:])
+    )

@@ -109,6 +109,11 @@ def test_what_cannot_be_settled_is_said_and_nothing_is_written(lake, config):
 
 @given(st.lists(st.floats(0.0001, 1)), st.floats(0.001, 0.5))
 def test_the_limit_parts_suspects_from_the_rest(values, limit):
-    rows = [{"p_value": value} for value in values]
-    odd = suspects(rows, limit)
+    rows = [{"p_value": value, "stratum": None} for value in values]
+    odd = suspects(rows, limit, {"pooled": 10_000})
     assert odd == [row for row in rows if row["p_value"] <= limit + 1e-12]
+
+
+def test_an_image_of_a_small_stratum_can_be_suspect():
+    rows = [{"p_value": 1 / 101, "stratum": stratum} for stratum in ("few", "pooled", None)]
+    assert suspects(rows, 0.001, {"pooled": 5000, "few": 100}) == rows[:1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from memmc.config import TrackingConfig, load_config
-from memmc.pipeline.model_card import add_evaluation, build_card, publish_card, read_card
+from memmc.pipeline.model_card import add_evaluation, build_card, publish_card, read_card, set_calibration
 from memmc.pipeline.models import OpenModel
 from memmc.pipeline.results import CalibrationResult, EvaluationResult
 from memmc.registry.lineage import TrainingInput, images_digest, log_input
@@ -76,6 +77,7 @@ def test_a_card_stands_in_the_run_and_beside_the_version_and_grows(tracking, tmp
     version = register(tracking, run, folder, "memmc-cxr")
     model = OpenModel(version.ref, version.digest, folder, info, run)
     assert read_card(tracking, model) is None and not add_evaluation(tracking, model, evaluation("cxr", 0.8))
+    assert not set_calibration(tracking, model, calibration())
 
     data = {"images": 400, "patients": 390, "left_out": {"QC_BLANK": 2}}
     card = build_card(
@@ -98,6 +100,16 @@ def test_a_card_stands_in_the_run_and_beside_the_version_and_grows(tracking, tmp
     shown = tracking.client.get_model_version("memmc-cxr", version.version).description
     assert "cxr: AUROC 0.800 (0.700 to 0.900)" in shown and "other: AUROC 0.900" in shown
     assert "Not measured" not in shown
+    later = replace(
+        calibration(), calibration_id="cal-2", scorer="mse", strata=[],
+        thresholds=[{"rate": 0.01, "threshold": 2.5}],
+    )  # fmt: skip
+    assert set_calibration(tracking, model, later)
+    shown = tracking.client.get_model_version("memmc-cxr", version.version).description
+    assert "cal-2" in shown and "scorer mse" in shown and "| 0.01 | 2.5 |" in shown and "AUROC 0.800" in shown
+    assert "1.25" not in shown and "GE/PA" not in shown
+    grown = read_card(tracking, model)
+    assert grown is not None and grown["stamps"]["calibration_id"] == "cal-2"
     listed = [entry.path for entry in tracking.client.list_artifacts(run, "card")]
     assert listed == ["card/model_card.json", "card/model_card.md"]
     assert str(Path.cwd()) not in json.dumps(grown)

@@ -91,3 +91,16 @@ def test_a_planted_scanner_shift_breaks_the_pooled_threshold_and_not_the_stratum
     }
     assert rates["pooled"]["x=A"] < low and rates["pooled"]["x=B"] > high
     assert all(low <= value <= high for value in rates["own"].values())
+
+
+def test_at_a_smaller_rate_strata_that_cannot_carry_it_are_judged_by_all_normals():
+    scores = np.arange(140.0)
+    names = ["few"] * 20 + ["many"] * 120
+    judge = Judge.of(0.1, ("manufacturer",), fit_strata(scores, names, names, (), 0.1, 20))
+    with pytest.raises(GateRefused):
+        Judge(0.01, judge.columns, judge.strata).judge([5.0], ["few"])
+    stricter = judge.at(0.01)
+    assert stricter.judge([19.5, 139.5], ["few", "many"]).stratum_B == ["pooled", "many"]
+    assert stricter.judge([19.5, 139.5], ["few", "many"]).is_abnormal_B.tolist() == [False, True]
+    with pytest.raises(GateRefused):
+        judge.at(0.001)

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memmc.scoring.strata import Judge, fit_strata
-from memmc.scoring.studies import normal_study_minima, study_label, study_minima, study_p_values, study_rows
+from memmc.scoring.studies import (
+    normal_study_minima,
+    study_label,
+    study_minima,
+    study_p_values,
+    study_rows,
+    why_no_verdict,
+)
 
 RATE = 0.1
 
@@ -74,5 +81,18 @@ def test_one_row_per_study_the_most_abnormal_first_and_the_unscored_last():
     assert (a["num_instances"], a["num_scored"], a["worst_instance"], a["label"]) == (3, 2, "a2", "abnormal")
     assert a["is_abnormal"] and a["p_value"] == pytest.approx(1 / 21)
     assert (d["num_scored"], d["p_value"], d["is_abnormal"], d["not_scored"]) == (0, None, None, "SELECT_VIEW")
+    sized = study_rows([instance("a1", "A", 0.5)], None, RATE, {"A": 4})
+    assert sized[0]["num_instances"] == 4
     without = study_rows([instance("b1", "B", 0.3)], None, RATE)
     assert (without[0]["min_p_value"], without[0]["p_value"], without[0]["is_abnormal"]) == (0.3, None, None)
+
+
+@pytest.mark.parametrize(("count", "judged"), [(9, True), (8, False), (1, False)])
+def test_too_few_normal_studies_for_the_rate_give_no_verdict_rather_than_normal_for_ever(count: int, judged: bool):
+    minima = [index / 20 for index in range(1, count + 1)]
+    (row,) = study_rows([instance("a1", "A", 0.0001)], minima, RATE)
+    assert row["p_value"] == pytest.approx(1 / (count + 1))
+    assert row["is_abnormal"] is (True if judged else None)
+    why = why_no_verdict(minima, RATE)
+    assert (why is None) == judged
+    assert judged or f"{count} held-out normal studies, 9 are needed" in str(why)
