@@ -94,10 +94,11 @@ def _against_controls(data: ReportData) -> Finding:
 def _false_positives(data: ReportData) -> Iterator[Finding]:
     chosen, calibration = data.calibration.false_positive_rate, data.calibration
     if calibration.num_normals < FEW_CALIBRATION_NORMALS:
+        threshold = "pooled threshold" if calibration.strata else "threshold"
         yield Finding(
             "caution",
             "Few calibration scans",
-            f"The {'pooled ' * bool(calibration.strata)}threshold rests on {calibration.num_normals} held-out normal "
+            f"The {threshold} rests on {calibration.num_normals} held-out normal "
             f"images; its p-values cannot fall below {1 / (calibration.num_normals + 1):.3f}.",
         )
     point = next((item for item in data.rates if math.isclose(item.nominal, chosen)), None)

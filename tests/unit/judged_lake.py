@@ -7,11 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import scored_model
 from watched_lake import SETTINGS, SIDE, START, batch, calibrate, score
 
 from memmc.config import Config, load_config
-from memmc.lake.schemas import INSTANCES
+from memmc.lake.schemas import CALIBRATIONS, INSTANCES, SCHEMAS
 from memmc.lake.tables import Lake
 from memmc.model.artifact import export_model
 from memmc.model.digest import model_digest
@@ -34,6 +35,17 @@ def opened(config: Config, folder: Path, **fields: Any) -> OpenModel:
     export_model(folder, loaded.model, {**asdict(loaded.info), "cohort": "cxr", "dataset_version": version})
     info = json.loads((folder / "model.json").read_text())
     return OpenModel("unit/1", model_digest(folder), folder, info)
+
+
+def unscored(root: Path) -> tuple[Config, OpenModel]:
+    """Make a lake and a model with a calibration that only names itself; nothing is scored."""
+    config = stored(root)
+    model = opened(config, root / "model")
+    row = {"calibration_id": "c", "model": model.ref, "model_digest": model.digest, "cohort": "cxr"}
+    row |= {"dataset_version": model.dataset_version, "preprocess_id": "p", "scorer": "l1", "map_scale": 1.0}
+    row |= {"false_positive_rate": 0.1, "threshold": 1.0, "num_normals": 24, "created_at": START}
+    Lake(config.lake.uri).append(CALIBRATIONS, pa.Table.from_pylist([row], schema=SCHEMAS[CALIBRATIONS]))
+    return config, model
 
 
 def judged(root: Path, *settings: str, **fields: Any) -> tuple[Config, OpenModel]:

@@ -115,7 +115,7 @@ def test_steps_take_a_view_for_a_cohort(config, lake):
 
 
 def test_what_was_once_normal_stays_known_under_every_name(lake):
-    """A reviewer calls a learned image abnormal: it has been seen all the same, in a view whose rule names normals too."""
+    """A reviewer calls a learned image abnormal: it has been seen all the same, also in a view of normals."""
     define(lake, "v", ("a", "b"), parse_rule(["label=normal"]))
     columns, splits = ["sop_instance_uid", "label"], ("train", "calibrate", "test", "none")
     version = lake.version(INSTANCES)

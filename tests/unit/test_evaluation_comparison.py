@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import judged_lake
 import numpy as np
+import pyarrow as pa
 import pytest
+from watched_lake import START, batch
 
 from memmc.cli.comparing import summary
 from memmc.evaluation.comparison import changes, compare_auroc
+from memmc.lake.schemas import CALIBRATIONS, INSTANCES, QUALITY, SCHEMAS, SCORES
+from memmc.lake.tables import Lake
+from memmc.pipeline import compare as module
+from memmc.pipeline import select
 from memmc.pipeline.compare import CompareResult
 
 SETTINGS = {"resamplings": 200, "confidence": 0.95, "seed": 0}
@@ -64,3 +71,40 @@ def test_the_summary_names_what_moved():
     result = CompareResult("m/1", "m/2", "c", 30, 25, 0, 1, 26, None, [moved] * 25)
     text = summary(result)
     assert "25 newly abnormal, 0 no longer" in text and "p 0.5000 -> 0.0010" in text and "and 5 more" in text
+
+
+def test_too_few_normal_studies_are_said_and_copies_are_not_unseen(tmp_path, monkeypatch):
+    config, model = judged_lake.unscored(tmp_path)
+    lake = Lake(config.lake.uri)
+    (row,) = lake.read(CALIBRATIONS, SCHEMAS[CALIBRATIONS].names).to_pylist()
+    row |= {"calibration_id": "n", "study_p_values": [0.1, 0.5, 0.9], "created_at": START.replace(year=2027)}
+    lake.append(CALIBRATIONS, pa.Table.from_pylist([row], schema=SCHEMAS[CALIBRATIONS]))
+    rows = [row for label in ("normal", "abnormal") for row in seen(label)]
+    lake.append(INSTANCES, pa.Table.from_pylist(rows, schema=SCHEMAS[INSTANCES]))
+    scores = [scored(row, model.digest) for row in rows]
+    lake.append(SCORES, pa.Table.from_pylist(scores, schema=SCHEMAS[SCORES]))
+    for place in (module, select):
+        monkeypatch.setattr(place, "open_model", lambda *_given: model)
+    monkeypatch.setattr("memmc.pipeline.score.score_all", lambda *_given, **_named: None)
+    found = module.compare(config, model.ref, model.ref, "prod")
+    assert (found.num_studies, found.studies) == (0, [])
+    assert "3 held-out normal studies, 9 are needed" in str(found.unjudged)
+    assert found.quality is not None and (found.quality["num_normal"], found.quality["num_abnormal"]) == (6, 6)
+
+    flags = {"cohort": "prod", "sop_instance_uid": rows[0]["sop_instance_uid"], "flags": ["QC_DUPLICATE_PIXELS"]}
+    flags |= {"patient_key": "k", "perceptual_hash": "0" * 16, "thumbnail": b"", "gate_id": "g", "run": "r"}
+    lake.append(QUALITY, pa.Table.from_pylist([{**flags, "gated_at": START}], schema=SCHEMAS[QUALITY]))
+    found = module.compare(config, model.ref, model.ref, "prod")
+    assert found.quality is not None and (found.quality["num_normal"], found.quality["num_abnormal"]) == (5, 6)
+
+
+def seen(label: str) -> list[dict]:
+    rows = batch(len(label), 6, START, cohort="prod", label=label, split="test").to_pylist()
+    return [{**row, "study_uid": f"{row['study_uid']}.{len(label)}"} for row in rows]
+
+
+def scored(row: dict, digest: str) -> dict:
+    found = {name: row[name] for name in ("cohort", "sop_instance_uid", "patient_key", "study_uid", "preprocess_id")}
+    found |= {"model": "m/1", "model_digest": digest, "calibration_id": "n", "scorer": "l1", "dataset_version": 1}
+    found |= {"anomaly_score": 1.0, "p_value": 0.5, "is_abnormal": False, "score_spread": 0.0}
+    return {**found, "run": "r", "scored_at": START}

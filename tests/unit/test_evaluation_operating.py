@@ -59,7 +59,7 @@ def test_observed_rates_follow_the_promise_for_uniform_p_values_and_not_for_shif
 
 
 def test_what_the_draw_of_a_small_calibration_set_does_breaks_no_promise():
-    """A threshold set on 99 normals flags 9 % of 1,000 others often enough, though 5 % lie outside of their interval."""
+    """A threshold set on 99 normals flags 9 % of 1,000 others often enough, though their own interval excludes 5 %."""
     p_values = np.array([0.01] * 90 + [0.5] * 910)
     (point,) = rate_points(p_values, {0.05: Interval(*observed_rate_interval(99, 0.05, 1000))}, 0.95)
     assert point.interval.low > 0.05

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import judged_lake
 
-from memmc.config import PromoteConfig
+from memmc.config import PromoteConfig, ScoreConfig
 from memmc.evaluation.gates import Gate
 from memmc.lake.tables import Lake
+from memmc.model.artifact import load_model
 from memmc.pipeline import challenge, probing
 from memmc.pipeline.challenge import Case, measure, one_a_patient
 from memmc.pipeline.progress import Silent
 from memmc.pipeline.promote import verdict
+from memmc.scoring.scorer import make_scorer
+from memmc.scoring.strata import Judge
 
 
 def test_a_score_without_an_exportable_form_is_not_asked_for_parity_and_the_verdict_says_why(tmp_path, monkeypatch):
@@ -39,11 +40,11 @@ def test_images_of_one_patient_are_one_draw():
     assert [row["sop_instance_uid"] for row in one_a_patient(rows)] == ["1", "3"]
 
 
-def test_a_calibration_that_ends_passes_early_is_not_asked_for_parity_either(tmp_path, monkeypatch):
-    config, model = judged_lake.judged(tmp_path)
-    lake = Lake(config.lake.uri)
-    judged = probing.Judged.open(config, lake, model)
-    early = replace(judged, calibration={**judged.calibration, "early_stop": {"passes": []}})
-    gate = challenge._parity(config, lake, Case("cxr", model, None), early, [], Silent())
+def test_a_calibration_that_ends_passes_early_is_not_asked_for_parity_either(tmp_path):
+    config = judged_lake.stored(tmp_path)
+    model, scorer = judged_lake.opened(config, tmp_path / "model"), make_scorer(ScoreConfig(scorer="l1"))
+    calibration = {"early_stop": {"stages": []}}
+    judged = probing.Judged(model, load_model(model.folder), calibration, scorer, Judge(0.1, (), {}), 4)
+    gate = challenge._parity(config, Lake(config.lake.uri), Case("cxr", model, None), judged, [], Silent())
     assert gate.verdict == "not applicable"
     assert "score.early_stop" in gate.why

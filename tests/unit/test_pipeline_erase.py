@@ -163,12 +163,13 @@ def test_what_a_model_learned_counts_by_the_labels_of_its_time(lake, monkeypatch
     versions = [
         ModelVersion("memmc-a", "3", tags={**tags, "pinned_labels": "-1"}),  # before the first label
         ModelVersion("memmc-a", "4", tags=tags),  # any label, as it does not say which
-        ModelVersion("memmc-a", "5", tags={**tags, "pinned_labels": "0"}),  # after the reader's
     ]
     monkeypatch.setattr(module, "all_versions", lambda _: versions)
     key = keyed_patient(load_key(str(lake.storage.local_path().parent / "key")), ORIGINAL)
     uids = lake.read(INSTANCES, ["sop_instance_uid"], filter={"patient_key": key})["sop_instance_uid"].to_pylist()
     lake.append(LABELS, label_rows([(uid, "abnormal", 1) for uid in uids]))
+    pinned = {"pinned_labels": str(lake.version(LABELS))}
+    versions.append(ModelVersion("memmc-a", "5", tags={**tags, **pinned}))  # after the reader's
     done = erase(lake, "--patient", "-", "--dry-run", text=ORIGINAL)
     assert done["models"] == [{"model": f"memmc-a/{number}", "use": "training"} for number in (3, 4)]
 

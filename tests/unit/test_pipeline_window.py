@@ -1,23 +1,22 @@
 from datetime import UTC, datetime, timedelta
 
+import judged_lake
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from watched_lake import batch, later, make
+from watched_lake import batch, later
 
 from memmc.config import OperateConfig
 from memmc.errors import DataError
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.tables import Lake
+from memmc.pipeline import compare as comparing
+from memmc.pipeline import report as reporting
 from memmc.pipeline import review
+from memmc.pipeline import score as scoring
 from memmc.pipeline.assess import assess
 from memmc.pipeline.challenge import Case, measure
-from memmc.pipeline.compare import compare
-from memmc.pipeline.identity import home_directory
-from memmc.pipeline.models import open_model
 from memmc.pipeline.progress import Silent
-from memmc.pipeline.report import report
-from memmc.pipeline.score import score
 from memmc.pipeline.window import Shift, Window
 from memmc.registry.models import ModelVersion
 
@@ -83,39 +82,43 @@ def test_a_shift_ends_with_its_window_and_without_one_never():
 
 
 @pytest.fixture(scope="module")
-def half_scored(tmp_path_factory):
-    """A lake whose last 20 instances have no score, at an hour at which none may be scored; and the model's folder."""
+def without_scores(tmp_path_factory):
+    """A lake of both labels without a score, at an hour at which none may be made."""
     root = tmp_path_factory.mktemp("closed")
-    config, folder = make(root, 60)
+    config, model = judged_lake.unscored(root)
     Lake(config.lake.uri).append(INSTANCES, batch(2, 20, later(7), label="abnormal", split="test"))
     hours = [f"{datetime.now(UTC) + timedelta(hours=ahead):%H:%M}" for ahead in (2, 3)]
-    return root, config.model_copy(update={"operate": OperateConfig(window="-".join(hours))}), folder
+    return root, config.model_copy(update={"operate": OperateConfig(window="-".join(hours))}), model
+
+
+@pytest.fixture
+def closed(without_scores, monkeypatch):
+    """The same, its model found under any name in every step."""
+    root, config, model = without_scores
+    monkeypatch.chdir(root)
+    version = ModelVersion("memmc-cxr", "1", digest=model.digest)
+    monkeypatch.setattr(review, "champion_of", lambda *_given: version)
+    monkeypatch.setattr(review, "tracking_of", lambda *_given: None)
+    for step in (scoring, reporting, comparing, review):
+        monkeypatch.setattr(step, "open_model", lambda *_given: model)
+    return config, model
 
 
 @pytest.mark.parametrize("step", ["assess", "report", "compare", "measure", "screen"])
-def test_what_judges_by_scores_does_not_judge_by_part_of_them(half_scored, monkeypatch, step):
-    root, config, folder = half_scored
-    monkeypatch.chdir(root)
-    lake, model = Lake(config.lake.uri), open_model(config, home_directory(), folder)
-    version = ModelVersion("memmc-cxr", "1", digest=model.digest)
-    monkeypatch.setattr(review, "champion_of", lambda *_given: version)
-    monkeypatch.setattr(review, "open_model", lambda *_given: open_model(config, home_directory(), folder))
-    if step == "screen":
-        from memmc.pipeline import score as scoring
-
-        monkeypatch.setattr(scoring, "open_model", lambda *_given: model)
+def test_what_judges_by_scores_does_not_judge_without_them(closed, tmp_path, step):
+    config, model = closed
+    lake = Lake(config.lake.uri)
     steps = {
         "assess": lambda: assess(config, lake, model, "cxr", None, Silent()),
-        "report": lambda: report(config, "cxr", folder, out=str(root / "r.html")),
-        "compare": lambda: compare(config, folder, folder, "cxr"),
+        "report": lambda: reporting.report(config, "cxr", model.ref, out=str(tmp_path / "r.html")),
+        "compare": lambda: comparing.compare(config, model.ref, model.ref, "cxr"),
         "measure": lambda: measure(config, lake, Case("cxr", model, None), Silent()),
         "screen": lambda: review.screen(config, "cxr"),
     }
-    with pytest.raises(DataError, match=r"operate.window \(.*\) is closed and 20 of 80 instances .* run this again"):
+    with pytest.raises(DataError, match=r"operate.window \(.*\) is closed and 80 of 80 instances .* run this again"):
         steps[step]()
 
 
-def test_scoring_alone_ends_well_outside_of_its_hours(half_scored, monkeypatch):
-    root, config, folder = half_scored
-    monkeypatch.chdir(root)
-    assert score(config, "cxr", folder).left == 20
+def test_scoring_alone_ends_well_outside_of_its_hours(closed):
+    config, model = closed
+    assert scoring.score(config, "cxr", model.ref).left == 80
