@@ -14,7 +14,7 @@ from flows.ray_job import on_cluster, stop_cluster_jobs
 from flows.summary import as_markdown
 from flows.tasks import ON_STORAGE
 from memmc.config import Config
-from memmc.errors import DataError
+from memmc.errors import MissingClassError
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.results import EvaluationResult, ReportResult, Result, ScoreResult
 
@@ -108,9 +108,7 @@ def evaluate_model(cohort: str, model: str, config: Overrides | None) -> dict[st
     def step_or_nothing(resolved: Config, progress: Progress) -> Result | None:
         try:
             return job(resolved, progress)
-        except DataError as error:
-            if type(error) is not DataError:
-                raise
+        except MissingClassError as error:
             progress.message(f"not evaluated: {error}")
             return None
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memmc.config import Config
-from memmc.errors import GateRefused
+from memmc.errors import GateRefused, StorageError
 from memmc.lake.schemas import CALIBRATIONS, SCHEMAS
 from memmc.lake.tables import Lake
 from memmc.pipeline.audit import recorded
@@ -61,7 +61,6 @@ def calibrate(
     Raises:
         GateRefused: fewer held-out normals than `calibrate.min_normals`, or than the rate needs.
         DataError: no held-out normals.
-        StorageError: the model registry cannot be reached.
     """
     progress = progress or Silent()
     home = home_directory()
@@ -70,7 +69,10 @@ def calibrate(
     gate(config, cohort or opened.cohort, progress=progress)
     with ray_cluster(config, home, training=False) as ray:
         done = calibrate_model(config, ray, lake, opened, cohort or opened.cohort, progress)
-    set_calibration(tracking_of(config, home), opened, done)
+    try:
+        set_calibration(tracking_of(config, home), opened, done)
+    except StorageError as error:  # the calibration holds; its card can wait
+        progress.message(str(error))
     return done
 
 
