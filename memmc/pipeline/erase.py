@@ -24,7 +24,7 @@ from memmc.lake.vacuum import lease, running, stretched
 from memmc.lake.views import list_views, refuse_view
 from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import held_key, home_directory
-from memmc.pipeline.models import open_model, tracking_of
+from memmc.pipeline.models import ancestors_of, open_model, tracking_of
 from memmc.pipeline.pins import Pins, absent
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import Result
@@ -250,35 +250,35 @@ def _affected(config: Config, lake: Lake, subject: Subject) -> list[dict[str, st
         else []
     )
     for version in all_versions(tracking_of(config, home)):
-        learned = _trained_on(config, home, version)
+        learned = _learned(config, home, version)
         if learned is None:
             found.append({"model": version.ref, "use": "unknown: it cannot be read"})
-        uses = {"training": [learned] if learned else []}
-        uses["calibration"] = [
-            (row["cohort"], row["dataset_version"]) for row in rows if row["model_digest"] == version.digest
+        # A calibration may be younger than the labels that its model was trained with, and names none.
+        calibrated = [
+            (row["cohort"], row["dataset_version"], Pins()) for row in rows if row["model_digest"] == version.digest
         ]
-        for use, sets in uses.items():
-            # A calibration may be younger than the labels that its model was trained with, and names none.
-            split, pins = ("train", Pins.of_tags(version.tags)) if use == "training" else ("calibrate", Pins())
-            if any(_met(lake, subject, name, number, split, pins) for name, number in sets):
+        for use, split, sets in (("training", "train", learned or []), ("calibration", "calibrate", calibrated)):
+            if any(_met(lake, subject, name, number, split, pins) for name, number, pins in sets):
                 found.append({"model": version.ref, "use": use})
     return found
 
 
-def _trained_on(config: Config, home: Path, version: ModelVersion) -> tuple[str, int] | None:
-    """Return cohort and version of `instances` that a model was trained on; None where it cannot be read.
+def _learned(config: Config, home: Path, version: ModelVersion) -> list[tuple[str, int, Pins]] | None:
+    """Return cohort, version and pins of what a model and those it began from learned; None where it cannot be read.
 
     Its tags say so; only a version without them is fetched and opened.
     """
     cohort, number = version.tags.get("cohort"), version.tags.get("dataset_version", "")
-    if cohort and number.isdecimal():
-        return cohort, int(number)
     try:
+        before = [(name, of, Pins()) for name, of in ancestors_of(version.tags).items()]
+        pins = Pins.of_tags(version.tags)
+        if cohort and number.isdecimal():
+            return [(cohort, int(number), pins), *before]
         model = open_model(config, home, version.ref)
-        return model.cohort, model.dataset_version
+        return [(model.cohort, model.dataset_version, pins), *before]
     except (ModelError, IntegrityError, StorageError):
         return None
-    except (KeyError, TypeError, ValueError):  # a description without them
+    except (AttributeError, KeyError, TypeError, ValueError):  # tags or a description that do not say
         return None
 
 

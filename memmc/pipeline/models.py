@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from memmc.errors import ModelError, PreprocessMismatch
 from memmc.model.digest import model_digest
 from memmc.registry.models import download, resolve
 from memmc.registry.tracking import Tracking, open_tracking
+
+ANCESTORS_TAG = "ancestors"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class OpenModel:
         folder: holds model.safetensors and model.json.
         info: the content of model.json.
         run_id: the tracked run that trained it, if it is in the registry.
+        ancestors: what the models it began from had learned from: cohort -> newest version of `instances`.
     """
 
     ref: str
@@ -32,6 +36,7 @@ class OpenModel:
     folder: Path
     info: dict[str, Any]
     run_id: str | None = None
+    ancestors: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @property
     def cohort(self) -> str:
@@ -42,6 +47,12 @@ class OpenModel:
     def dataset_version(self) -> int:
         """The version of `instances` it was trained on."""
         return int(self.info["dataset_version"])
+
+    @property
+    def learned_from(self) -> dict[str, int]:
+        """What it and its ancestors learned from, as `ancestors`."""
+        before = self.ancestors.get(self.cohort, self.dataset_version)
+        return {**self.ancestors, self.cohort: max(before, self.dataset_version)}
 
     @property
     def preprocess_id(self) -> str:
@@ -91,4 +102,16 @@ def open_model(config: Config, home: Path, reference: str | None, cohort: str | 
         raise ModelError(
             f"model {version.ref}: model.json is missing or unreadable; train or register it again"
         ) from None
-    return OpenModel(ref=version.ref, digest=model_digest(folder), folder=folder, info=info, run_id=version.run_id)
+    return OpenModel(
+        ref=version.ref,
+        digest=model_digest(folder),
+        folder=folder,
+        info=info,
+        run_id=version.run_id,
+        ancestors=ancestors_of(version.tags),
+    )
+
+
+def ancestors_of(tags: Mapping[str, str]) -> dict[str, int]:
+    """Return `OpenModel.ancestors` of a registered version; none where it began with random weights."""
+    return {str(cohort): int(version) for cohort, version in json.loads(tags.get(ANCESTORS_TAG, "{}")).items()}

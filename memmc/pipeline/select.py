@@ -107,8 +107,12 @@ def one_preparation(rows: list[dict[str, Any]] | pa.Table) -> dict[str, Any]:
 
 
 def met_patients(lake: Lake, model: OpenModel) -> set[str]:
-    """Return the patients a model was trained or calibrated on, whatever their images are called by now."""
+    """Return the patients that a model, or one that it began from, learned, and those that it was calibrated on.
+
+    Whatever their images are called by now.
+    """
     shares = [(model.cohort, model.dataset_version, _MET_SPLITS)]
+    shares += [(cohort, version, ("train",)) for cohort, version in model.ancestors.items()]
     shares += [(cohort, version, ("calibrate",)) for cohort, version in calibrated_on(lake, model)]
     return {
         patient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 import uuid
@@ -22,7 +23,7 @@ from memmc.pipeline.cluster import ray_cluster, require_cpus
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.ingest import check_cohort
 from memmc.pipeline.model_card import build_card, publish_card
-from memmc.pipeline.models import OpenModel, open_model, tracking_of
+from memmc.pipeline.models import ANCESTORS_TAG, OpenModel, open_model, tracking_of
 from memmc.pipeline.pins import Pins
 from memmc.pipeline.placement import place_training
 from memmc.pipeline.progress import Progress, Silent
@@ -270,7 +271,9 @@ def _registered(tracking: Tracking, plan: _Plan, record: RunRecord, folder: Path
 
 def _model_tags(plan: _Plan, record: RunRecord) -> dict[str, str]:
     tags = {"cohort": plan.cohort, "dataset_version": str(record.dataset_version), **plan.pins.as_tags()}
-    return tags | ({"warm_start": plan.start.ref} if plan.start else {})
+    if plan.start is None:
+        return tags
+    return {**tags, "warm_start": plan.start.ref, ANCESTORS_TAG: json.dumps(plan.start.learned_from)}
 
 
 def _params(config: Config) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,3 +121,12 @@ def test_the_mean_image_is_left_out_where_its_score_cannot_be_fitted(config, tmp
     lake.append(INSTANCES, batch(3, 4, START, split="test"))
     found = assess.scores_without_model(config, lake, MODEL, {**CALIBRATION, "dataset_version": 3}, "cxr", unmet(lake))
     assert ("mean_image" in found) == fitted
+
+
+def test_what_the_model_it_began_from_had_learned_is_not_unseen(lake):
+    other = replace(MODEL, info={"cohort": "ward", "dataset_version": 0})
+    assert not selection.met_patients(lake, other)
+    begun = replace(other, ancestors=replace(MODEL, info=CALIBRATION).learned_from)
+    learned = {row["patient_key"] for row in normals(lake, "cxr", "train", 1)}
+    assert selection.met_patients(lake, begun) == learned
+    assert begun.learned_from == {"cxr": 1, "ward": 0}

@@ -174,6 +174,22 @@ def test_what_a_model_learned_counts_by_the_labels_of_its_time(lake, monkeypatch
     assert done["models"] == [{"model": f"memmc-a/{number}", "use": "training"} for number in (3, 4)]
 
 
+def test_what_the_model_it_began_from_had_learned_counts_and_damaged_tags_stop_nothing(lake, monkeypatch):
+    other = {"cohort": "a", "dataset_version": "0"}
+    versions = [
+        ModelVersion("memmc-z", "6", tags={"cohort": "z", "dataset_version": "1", "ancestors": '{"a": 1}'}),
+        ModelVersion("memmc-z", "7", tags={**other, "pinned_labels": "first"}),
+        ModelVersion("memmc-z", "8", tags={**other, "ancestors": "a"}),
+    ]
+    monkeypatch.setattr(module, "all_versions", lambda _: versions)
+    unknown = "unknown: it cannot be read"
+    assert erase(lake, "--patient", "-", "--dry-run", text=ORIGINAL)["models"] == [
+        {"model": "memmc-z/6", "use": "training"},
+        {"model": "memmc-z/7", "use": unknown},
+        {"model": "memmc-z/8", "use": unknown},
+    ]
+
+
 def test_a_calibration_counts_by_any_label_as_it_does_not_say_which_it_read(lake, monkeypatch):
     tags = {"cohort": "z", "dataset_version": "1", "pinned_labels": "-1"}
     monkeypatch.setattr(module, "all_versions", lambda _: [ModelVersion("memmc-z", "9", digest="z9", tags=tags)])
