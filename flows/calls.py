@@ -228,7 +228,7 @@ def config_of(overrides: Overrides | None) -> Config:
     Raises:
         ConfigError: unknown key or value out of range.
     """
-    return load_config(os.environ.get("MEMMC_CONFIG"), os.environ, setting_arguments(overrides or {}))
+    return load_config(os.environ.get("MEMMC_CONFIG") or None, os.environ, setting_arguments(overrides or {}))
 
 
 def config_in_force(overrides: Overrides | None) -> Config:

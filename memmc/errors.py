@@ -91,3 +91,8 @@ class TrainingError(MemmcError):
 
 class DivergedError(TrainingError):
     """A loss or gradient is not finite, on all workers at the same step; another try would end alike."""
+
+
+def known_name(error: MemmcError) -> str:
+    """Return the name by which another process knows an error: of the nearest class that stands in this module."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == __name__)

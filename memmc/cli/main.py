@@ -51,7 +51,7 @@ from memmc.cli.options import (
     call,
     prepare_flows,
 )
-from memmc.errors import MemmcError, UsageError
+from memmc.errors import MemmcError, UsageError, known_name
 
 if TYPE_CHECKING:
     from memmc.pipeline.demo import Steps
@@ -379,7 +379,7 @@ def main() -> None:
         app(standalone_mode=True)
     except MemmcError as error:
         if "--json" in sys.argv:
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+            print(json.dumps({"error": known_name(error), "message": str(error)}))
         print(f"memmc: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 

@@ -22,7 +22,10 @@ from memmc.pipeline.results import Result
 LakeOption = Annotated[
     str | None, typer.Option("--lake", metavar="URI", help="Where the tables live: a folder or s3://bucket/prefix.")
 ]
-ConfigOption = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Configuration file.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE.toml", help="Configuration file; that MEMMC_CONFIG names when absent."),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; may be repeated.")
 ]
@@ -96,7 +99,7 @@ def call(
     """
     overrides = [*(settings or []), *([f"lake.uri={lake}"] if lake else [])]
     adopt(os.environ)
-    loaded = load_config(config, os.environ, overrides)
+    loaded = load_config(config or os.environ.get("MEMMC_CONFIG") or None, os.environ, overrides)
     out = sys.stdout
     terminal = ProgressLines() if os.environ.get(VARIABLE) == LINES else Terminal(quiet=as_json)
     as_flow = flow or bool(os.environ.get("PREFECT_API_URL"))

@@ -19,7 +19,9 @@ from memmc.pipeline.audit import note
 from memmc.pipeline.results import Result
 
 Action = Literal["promote", "rollback", "retrain"]
-Outcome = Literal["promoted", "refused", "waiting", "rolled back", "train", "wait", "trained"]
+Outcome = Literal["promoted", "refused", "waiting", "rolled back", "train", "wait", "trained", "failed"]
+
+_NOTED: Mapping[Outcome, Literal["refused", "failed"]] = {"refused": "refused", "failed": "failed"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Decision:
         cohort: whose instances it rests on.
         action: what was to be decided.
         outcome: what was: of promote promoted, refused or waiting (for a person); of retrain train, wait or, when the
-            training is done, trained.
+            training has ended, trained or failed.
         reason: in words.
         name: registered model.
         model: "name/version" it is about.
@@ -94,13 +96,13 @@ def record(config: Config, lake: Lake, decision: Decision, turn: int | None = No
     note(
         config,
         decision.action,
-        outcome="refused" if decision.outcome == "refused" else "ok",
+        outcome=_NOTED.get(decision.outcome, "ok"),
         cohort=decision.cohort,
         decision=decision.outcome,
         decision_id=decision.decision_id,
         model=decision.model,
         champion=decision.champion,
-        approver=decision.approver,
+        approver=_in_ascii(decision.approver),
         dataset_version=decision.dataset_version,
     )
     return decision
@@ -133,6 +135,11 @@ def as_json(decision: Decision) -> dict[str, Any]:
     """Return a decision as JSON values."""
     at = decision.decided_at.isoformat(timespec="seconds")
     return {**vars(decision), "facts": dict(decision.facts), "rules": dict(decision.rules), "decided_at": at}
+
+
+def _in_ascii(name: str | None) -> str | None:
+    """Return a name as the audit trail takes it: other letters as character references, so that none is lost."""
+    return None if name is None else name.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
 def _json(values: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -10,10 +9,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from memmc.config import Config, PromoteConfig
-from memmc.errors import DataError, GateRefused, MemmcError, UsageError
+from memmc.errors import DataError, MemmcError, UsageError
 from memmc.evaluation.gates import Gate, passed, refusal
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.tables import Lake
+from memmc.pipeline.approval import check_approver, check_name
 from memmc.pipeline.canaries import canaries
 from memmc.pipeline.challenge import Case, measure
 from memmc.pipeline.decisions import Decision, Outcome, read, record, take_turn
@@ -23,11 +23,10 @@ from memmc.pipeline.models import open_model, tracking_of
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import Result
 from memmc.pipeline.select import newest_calibration
-from memmc.registry.models import CHALLENGER, resolve
+from memmc.pipeline.standing import promotion_cut_short
+from memmc.registry.models import CHALLENGER, ModelVersion, all_versions, resolve
 from memmc.registry.promotion import author_of, champion_of, crown, step_back
 from memmc.registry.tracking import Tracking
-
-_PERSON = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def promote(
 ) -> PromoteResult:
     """Measure a challenger against the champion on the same images, keep the verdict, and move the alias if it passes.
 
-    The verdict is kept before the alias moves: a process that dies between the two is run again.
+    The verdict is kept before the alias moves: where a process dies between the two, the next call ends its promotion.
 
     Args:
         cohort: whose images are the judges; a view may name a frozen set.
@@ -95,12 +94,16 @@ def promote(
     version = resolve(tracking, model or f"memmc-{cohort}@{CHALLENGER}")
     if version.folder is not None:
         raise UsageError("only a version of a registered model can be promoted; name it as name/version")
+    kept = None if dry_run else _cut_short(lake, tracking, version)
+    if kept is not None:
+        _enthrone(config, tracking, version, kept.cohort, progress)
+        return _result(kept)
     turn = take_turn(lake, version.name) if not dry_run else None
     case = _case(config, lake, tracking, cohort, version.ref)
     author = author_of(tracking, version)
     check_approver(config.promote, approve, author)
     known = _waiting(config, lake, case) if approve else None
-    gates = known or measure(config, lake, case, progress)
+    gates = [_gate(values) for values in known.facts["gates"]] if known else measure(config, lake, case, progress)
     outcome, reason = verdict(config.promote, gates, approve)
     decision = Decision(
         cohort=cohort,
@@ -119,19 +122,22 @@ def promote(
     if not dry_run:
         record(config, lake, decision, turn)
         if outcome == "promoted":
-            crown(tracking, version)
-            _plant_canaries(config, cohort, case.challenger.ref, progress)
-    return PromoteResult(
-        model=case.challenger.ref,
-        cohort=cohort,
-        champion=decision.champion,
-        outcome=outcome,
-        reason=reason,
-        gates=[asdict(gate) for gate in gates],
-        author=author,
-        approver=approve,
-        decision_id=None if dry_run else decision.decision_id,
-    )
+            _enthrone(config, tracking, version, cohort, progress)
+    result = _result(decision)
+    return replace(result, decision_id=None) if dry_run else result
+
+
+def waiting_verdict(config: Config, cohort: str, model: str) -> PromoteResult | None:
+    """Return the newest verdict on a challenger if it waits for a person and nothing has changed since.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    lake = Lake(config.lake.uri)
+    if _newest(lake, cohort, model) is None:
+        return None
+    found = _waiting(config, lake, _case(config, lake, tracking_of(config, home_directory()), cohort, model))
+    return _result(found) if found else None
 
 
 def decline(config: Config, cohort: str, model: str, name: str) -> PromoteResult:
@@ -142,10 +148,10 @@ def decline(config: Config, cohort: str, model: str, name: str) -> PromoteResult
         UsageError: `name` is none.
     """
     check_cohort(cohort)
-    _check_name(name)
+    check_name(name)
     lake = Lake(config.lake.uri)
-    found = next((item for item in read(lake, cohort=cohort) if item.model == model), None)
-    if found is None or found.outcome != "waiting":
+    found = _newest(lake, cohort, model)
+    if found is None:
         raise DataError(f"no verdict on {model} waits for a person; see `memmc decisions --cohort {cohort}`")
     said = replace(
         found,
@@ -156,17 +162,7 @@ def decline(config: Config, cohort: str, model: str, name: str) -> PromoteResult
         decided_at=datetime.now(UTC),
     )
     record(config, lake, said)
-    return PromoteResult(
-        model=model,
-        cohort=cohort,
-        champion=found.champion,
-        outcome=said.outcome,
-        reason=said.reason,
-        gates=found.facts["gates"],
-        author=found.author,
-        approver=name,
-        decision_id=said.decision_id,
-    )
+    return _result(said)
 
 
 def verdict(rules: PromoteConfig, gates: list[Gate], approver: str | None) -> tuple[Outcome, str]:
@@ -177,32 +173,6 @@ def verdict(rules: PromoteConfig, gates: list[Gate], approver: str | None) -> tu
     if rules.approval == "person" and approver is None:
         return "waiting", f"passes {asked}; a person must agree: promote --approve NAME"
     return "promoted", f"passes {asked}" + (f"; {approver} agrees" if approver else "")
-
-
-def check_approver(rules: PromoteConfig, approver: str | None, author: str | None) -> None:
-    """Refuse a name that is none, and with `promote.two_people` the one who began the training.
-
-    Raises:
-        UsageError: letters, digits, space, '.', '_', '@' and '-' make a name.
-        GateRefused: it takes two people.
-    """
-    if approver is None:
-        return
-    _check_name(approver)
-    if rules.approval != "person" or not rules.two_people:
-        return
-    if author is None:
-        raise GateRefused(
-            "nobody knows who began this model's training, so that nobody can be told from them; train it again, or "
-            "set promote.two_people=false"
-        )
-    if approver.strip().casefold() == author.strip().casefold():
-        raise GateRefused(f"{author} began the training of this model; another person must approve it")
-
-
-def _check_name(name: str) -> None:
-    if not _PERSON.fullmatch(name):
-        raise UsageError("a name here is at most 64 letters, digits, spaces, '.', '_', '@' and '-' (--approve NAME)")
 
 
 def rollback(config: Config, name: str | None = None, *, cohort: str | None = None) -> RollbackResult:
@@ -262,17 +232,47 @@ def _calibrations(lake: Lake, case: Case) -> list[str]:
     return [newest_calibration(lake, model)["calibration_id"] for model in models]
 
 
-def _waiting(config: Config, lake: Lake, case: Case) -> list[Gate] | None:
-    """Return the gates of the newest verdict on this challenger if it waits, and nothing has changed since."""
-    ref, champion = case.challenger.ref, case.champion.ref if case.champion else None
-    found = next((item for item in read(lake, cohort=case.cohort) if item.model == ref), None)
-    if found is None or found.outcome != "waiting" or found.champion != champion:
+def _newest(lake: Lake, cohort: str, model: str) -> Decision | None:
+    """Return the newest verdict on a model if it waits."""
+    verdicts = (item for item in read(lake, cohort=cohort) if item.model == model and item.action != "retrain")
+    found = next(verdicts, None)
+    return found if found is not None and found.outcome == "waiting" else None
+
+
+def _waiting(config: Config, lake: Lake, case: Case) -> Decision | None:
+    """Return the newest verdict on this challenger if it waits, and nothing has changed since."""
+    found = _newest(lake, case.cohort, case.challenger.ref)
+    champion = case.champion.ref if case.champion else None
+    if found is None or found.champion != champion or found.rules != config.promote.model_dump(mode="json"):
         return None
-    if found.rules != config.promote.model_dump(mode="json") or found.facts["calibrations"] != _calibrations(
-        lake, case
-    ):
-        return None
-    return [_gate(values) for values in found.facts["gates"]]
+    return found if found.facts["calibrations"] == _calibrations(lake, case) else None
+
+
+def _cut_short(lake: Lake, tracking: Tracking, version: ModelVersion) -> Decision | None:
+    """Return the verdict that gave this version the champion's place, if the registry was not told."""
+    versions = [item for item in all_versions(tracking) if item.name == version.name]
+    found = promotion_cut_short(tracking, read(lake, name=version.name), versions)
+    return found if found is not None and found.model == version.ref else None
+
+
+def _enthrone(config: Config, tracking: Tracking, version: ModelVersion, cohort: str, progress: Progress) -> None:
+    """Tell the registry of a verdict that is kept."""
+    crown(tracking, version)
+    _plant_canaries(config, cohort, version.ref, progress)
+
+
+def _result(decision: Decision) -> PromoteResult:
+    return PromoteResult(
+        model=str(decision.model),
+        cohort=decision.cohort,
+        champion=decision.champion,
+        outcome=decision.outcome,
+        reason=decision.reason,
+        gates=list(decision.facts["gates"]),
+        author=decision.author,
+        approver=decision.approver,
+        decision_id=decision.decision_id,
+    )
 
 
 def _gate(values: Mapping[str, Any]) -> Gate:

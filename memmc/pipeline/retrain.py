@@ -1,18 +1,17 @@
 """Retrain: decide whether to, screen the new normals, train a challenger, put it through the gates.
 
 Three steps that each leave a row in `decisions`, so that one that was killed is followed by one that goes on: a
-challenger that is trained and not judged is judged, not trained again.
+challenger that is trained and not judged is judged, not trained again, and one that waits for a person is asked about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from memmc.config import Config
-from memmc.errors import DataError
+from memmc.errors import DataError, TrainingError
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.tables import Lake
 from memmc.pipeline.decisions import Decision, read, record
@@ -23,12 +22,13 @@ from memmc.pipeline.ingest import check_cohort
 from memmc.pipeline.models import OpenModel, open_model, tracking_of
 from memmc.pipeline.pins import Pins
 from memmc.pipeline.progress import Progress, Silent
-from memmc.pipeline.promote import PromoteResult, promote
+from memmc.pipeline.promote import PromoteResult, promote, waiting_verdict
 from memmc.pipeline.quality import gate
 from memmc.pipeline.results import Result, TrainResult
 from memmc.pipeline.retrain_policy import Choice, Facts, choose
 from memmc.pipeline.review import ScreenResult, screen
 from memmc.pipeline.select import newest_reviews, normals
+from memmc.pipeline.standing import standing
 from memmc.registry.models import ModelVersion, registered_at
 from memmc.registry.promotion import champion_of
 from memmc.registry.tracking import Tracking
@@ -39,10 +39,11 @@ class RetrainPlan(Result):
     """Whether to train, and why.
 
     Attributes:
-        outcome: train, judge (what is trained already) or wait.
+        outcome: train, judge (what is trained already), waiting (a challenger, for a person) or wait.
         facts: `memmc.pipeline.retrain_policy.Facts`.
         screened: `ScreenResult` of the new normals; None where they were not screened.
-        decision_id: of the row in `decisions`; None for a dry run.
+        decision_id: of the row in `decisions`; None for a dry run, and where an earlier row says it already.
+        challenger: to be judged or asked about; None where one is trained first, or nothing is done.
     """
 
     cohort: str
@@ -51,6 +52,7 @@ class RetrainPlan(Result):
     facts: dict[str, Any]
     screened: dict[str, Any] | None
     decision_id: str | None
+    challenger: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def retrain(
     trained = None
     if plan.outcome == "train":
         trained = train_challenger(config, cohort, plan, now=now, progress=progress)
-    challenger = trained.model if trained else str(plan.facts["pending"])
+    challenger = trained.model if trained else str(plan.challenger)
     verdict = judge_challenger(config, cohort, challenger, approve=approve, progress=progress)
     return RetrainResult(plan.as_dict(), trained.as_dict() if trained else None, verdict.as_dict())
 
@@ -115,20 +117,20 @@ def plan_retrain(
     champion = champion_of(tracking, f"memmc-{cohort}")
     facts = facts_of(config, lake, tracking, cohort, champion, now, dry_run=dry_run, progress=progress)
     choice = choose(facts, config.retrain)
+    kept = not (dry_run or choice.judge or choice.ask)
     decision = Decision(
         cohort=cohort,
         action="retrain",
         outcome="train" if choice.train else "wait",
         reason=choice.reason,
         name=f"memmc-{cohort}",
-        model=facts.pending,
         champion=facts.champion,
         dataset_version=lake.version(INSTANCES),
         facts={**facts.as_json(), "screened": screened.as_dict() if screened else None},
         rules=config.retrain.model_dump(mode="json"),
         decided_at=now,
     )
-    if not dry_run and not choice.judge:
+    if kept:
         record(config, lake, decision)
     progress.message(f"{outcome_of(choice)}: {choice.reason}")
     return RetrainPlan(
@@ -137,13 +139,14 @@ def plan_retrain(
         reason=choice.reason,
         facts=facts.as_json(),
         screened=screened.as_dict() if screened else None,
-        decision_id=None if dry_run or choice.judge else decision.decision_id,
+        decision_id=decision.decision_id if kept else None,
+        challenger=facts.challenger if choice.judge or choice.ask else None,
     )
 
 
 def outcome_of(choice: Choice) -> str:
-    """Return train, judge or wait."""
-    return "train" if choice.train else "judge" if choice.judge else "wait"
+    """Return train, judge, waiting or wait."""
+    return "train" if choice.train else "judge" if choice.judge else "waiting" if choice.ask else "wait"
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,10 @@ def replay(config: Config, cohort: str) -> ReplayResult:
 def train_challenger(
     config: Config, cohort: str, plan: RetrainPlan, *, now: datetime | None = None, progress: Progress | None = None
 ) -> TrainResult:
-    """Train on what the plan was made for, from the champion's weights or from none, and keep that it was done.
+    """Train on what the plan was made for, from the champion's weights or from none, and keep how it ended.
+
+    A training that failed for good is kept too, so that the cool-down holds the next one back. One that was cut short
+    is not: the next call goes on with it.
 
     Raises:
         MemmcError: as `memmc.pipeline.train.train`.
@@ -180,20 +186,24 @@ def train_challenger(
 
     champion = plan.facts["champion"] if config.retrain.start == "champion" else None
     settings = config.train.model_copy(update={"warm_start": champion or config.train.warm_start})
-    trained = train(config.model_copy(update={"train": settings}), cohort, progress=progress)
-    lake = Lake(config.lake.uri)
+    lake, name = Lake(config.lake.uri), f"memmc-{cohort}"
+    fixed: dict[str, Any] = {"cohort": cohort, "action": "retrain", "name": name, "champion": plan.facts["champion"]}
+    fixed["rules"] = config.retrain.model_dump(mode="json")
+    try:
+        trained = train(config.model_copy(update={"train": settings}), cohort, progress=progress)
+    except TrainingError as error:
+        facts = {"plan": plan.decision_id, "error": type(error).__name__}
+        at = now or datetime.now(UTC)
+        record(config, lake, Decision(**fixed, outcome="failed", reason=str(error), facts=facts, decided_at=at))
+        raise
     decision = Decision(
-        cohort=cohort,
-        action="retrain",
+        **fixed,
         outcome="trained",
         reason=f"{trained.num_images} normal images, {trained.steps} steps"
         + (f", from the weights of {champion}" if champion else ", from random weights"),
-        name=f"memmc-{cohort}",
         model=trained.model,
-        champion=plan.facts["champion"],
         dataset_version=trained.dataset_version,
         facts={"plan": plan.decision_id, "run": trained.run, "images": trained.num_images, "steps": trained.steps},
-        rules=config.retrain.model_dump(mode="json"),
         decided_at=now or datetime.now(UTC),
     )
     record(config, lake, decision)
@@ -203,8 +213,25 @@ def train_challenger(
 def judge_challenger(
     config: Config, cohort: str, model: str, *, approve: str | None = None, progress: Progress | None = None
 ) -> PromoteResult:
-    """Put a challenger through the gates; as `promote`."""
-    return promote(config, cohort, model, approve=approve, progress=progress)
+    """Put a challenger through the gates, as `promote`; one that waits for a person is not measured again."""
+    kept = waiting_verdict(config, cohort, model) if approve is None else None
+    return kept or promote(config, cohort, model, approve=approve, progress=progress)
+
+
+def no_normals_yet(config: Config, cohort: str) -> str | None:
+    """Say that a cohort has neither a champion nor an image labelled normal, as every new one; None where it has.
+
+    Raises:
+        StorageError: the lake or the registry cannot be reached.
+    """
+    check_cohort(cohort)
+    lake = Lake(config.lake.uri)
+    normal = {"cohort": cohort, "outcome": "stored", "label": "normal"}
+    if lake.exists(INSTANCES) and lake.instances_with_labels(["patient_key"], None, normal).num_rows:
+        return None
+    if champion_of(tracking_of(config, home_directory()), f"memmc-{cohort}") is not None:
+        return None
+    return f"no normals yet: cohort {cohort} has no image labelled normal; `memmc label` takes labels"
 
 
 def facts_of(
@@ -220,10 +247,17 @@ def facts_of(
 ) -> Facts:
     """Return what the policy looks at."""
     decisions = read(lake, name=f"memmc-{cohort}")
-    newest = next((item for item in decisions if item.outcome == "trained"), None)
+    undone = standing(lake, tracking, f"memmc-{cohort}", decisions, now)
+    patients = _patients(lake, cohort)
+    facts = Facts(
+        promoted=undone.promoted,
+        pending=undone.pending,
+        waiting=undone.waiting,
+        new_patients=len(patients),
+        since_training_days=_days(undone.trained_at, now),
+    )
     if champion is None:
-        since = _days(newest.decided_at if newest else None, now)
-        return Facts(pending=pending(decisions), since_training_days=since, new_patients=len(_patients(lake, cohort)))
+        return facts
     opened = open_model(config, home_directory(), champion.ref)
     trained_at = next(
         (item.decided_at for item in decisions if item.outcome == "trained" and item.model == champion.ref),
@@ -231,12 +265,12 @@ def facts_of(
     )
     known = {row["patient_key"] for row in training_rows(lake, opened, champion)}
     drifted, findings = _drift(config, lake, cohort, opened, now, dry_run=dry_run, progress=progress)
-    times = [item for item in (trained_at, newest.decided_at if newest else None) if item is not None]
-    return Facts(
+    times = [item for item in (trained_at, undone.trained_at) if item is not None]
+    return replace(
+        facts,
         champion=champion.ref,
-        pending=pending(decisions),
         known_patients=len(known),
-        new_patients=len(_patients(lake, cohort) - known),
+        new_patients=len(patients - known),
         age_days=_days(trained_at, now),
         since_training_days=_days(max(times, default=None), now),
         drifted=drifted,
@@ -248,23 +282,6 @@ def facts_of(
 def training_rows(lake: Lake, model: OpenModel, version: ModelVersion) -> list[dict[str, Any]]:
     """Return the rows a registered model learned from, by the versions it is stamped with."""
     return normals(lake, model.cohort, "train", model.dataset_version, Pins.of_tags(version.tags))
-
-
-def pending(decisions: Sequence[Decision]) -> str | None:
-    """Return the newest trained challenger if no verdict was kept since, nor one on it at any time.
-
-    A verdict may seem older than the training before it, where the clocks of two hosts differ.
-
-    Args:
-        decisions: newest first.
-    """
-    judged = {item.model for item in decisions if item.action in {"promote", "rollback"}}
-    for item in decisions:
-        if item.action in {"promote", "rollback"}:
-            return None
-        if item.outcome == "trained":
-            return None if item.model in judged else item.model
-    return None
 
 
 def _patients(lake: Lake, cohort: str) -> set[str]:

@@ -15,11 +15,13 @@ class Facts:
 
     Attributes:
         champion: "name/version"; None before the first.
+        promoted: a challenger whose promotion was decided and cut short before the registry was told.
         pending: a trained challenger that no gate has judged yet.
+        waiting: a challenger that has passed the gates and waits for a person.
         known_patients: normal patients the champion learned from.
         new_patients: normal patients of the training share that it did not, those under review left out.
         age_days: since the champion's training.
-        since_training_days: since the last training of the cohort, whatever became of it.
+        since_training_days: since the last training of the cohort, whoever began it and whatever became of it.
         drifted: what monitoring says of the stream; None where it cannot say.
         findings: what has drifted, in words.
         suspects: normals that wait for a person.
@@ -34,6 +36,13 @@ class Facts:
     drifted: bool | None = None
     findings: tuple[str, ...] = ()
     suspects: int = 0
+    promoted: str | None = None
+    waiting: str | None = None
+
+    @property
+    def challenger(self) -> str | None:
+        """The model that is to be judged, or asked about, if any."""
+        return self.promoted or self.pending or self.waiting
 
     def as_json(self) -> dict[str, Any]:
         """Return what a decision keeps."""
@@ -53,22 +62,34 @@ class Choice:
 
     Attributes:
         train: begin a training run.
-        judge: put the pending challenger through the gates instead.
+        judge: put the pending challenger through the gates instead, or end its promotion.
         reason: in words.
+        ask: ask a person about the challenger that waits for one.
     """
 
     train: bool
     judge: bool
     reason: str
+    ask: bool = False
 
 
 def choose(facts: Facts, rules: RetrainConfig) -> Choice:
     """Return whether to train, and why or why not.
 
-    Any one reason will do; the cool-down holds all of them back, but not the gates of what is trained already.
+    Any one reason will do; the cool-down holds all of them back, but not the gates of what is trained already. A
+    challenger that waits for a person is asked about until there is reason to train another.
     """
+    if facts.promoted is not None:
+        return Choice(False, True, f"the promotion of {facts.promoted} was decided and cut short")
     if facts.pending is not None:
         return Choice(False, True, f"{facts.pending} is trained and not judged yet")
+    choice = _train_or_wait(facts, rules)
+    if facts.waiting is not None and not choice.train:
+        return Choice(False, False, f"{facts.waiting} has passed the gates and waits for a person", ask=True)
+    return choice
+
+
+def _train_or_wait(facts: Facts, rules: RetrainConfig) -> Choice:
     reasons = _reasons(facts, rules)
     if not reasons:
         return Choice(False, False, "nothing asks for it: " + _calm(facts, rules))

@@ -36,11 +36,17 @@ def history(tracking: Tracking, name: str) -> list[str]:
         StorageError: the registry cannot be reached.
     """
     champion = champion_of(tracking, name)
-    if champion is None:
-        return []
+    return [] if champion is None else reconcile(kept_history(tracking, name), champion.version)
+
+
+def kept_history(tracking: Tracking, name: str) -> list[str]:
+    """Return the version numbers of the champions as they were written down, which may lag behind the alias.
+
+    Raises:
+        StorageError: the registry cannot be reached, or knows no such name.
+    """
     with tracking.reaching("read"):
-        text = tracking.client.get_registered_model(name).tags.get(HISTORY_TAG, "[]")
-    return reconcile(json.loads(text), champion.version)
+        return json.loads(tracking.client.get_registered_model(name).tags.get(HISTORY_TAG, "[]"))
 
 
 def reconcile(kept: list[str], champion: str) -> list[str]:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from memmc.config import RetrainConfig
 from memmc.pipeline.decisions import Decision
-from memmc.pipeline.retrain import pending
 from memmc.pipeline.retrain_policy import Facts, choose
+from memmc.pipeline.standing import pending
 
 RULES = RetrainConfig()
 CALM = Facts(
@@ -27,6 +27,8 @@ facts = st.builds(
     drifted=st.sampled_from([None, True, False]),
     findings=st.lists(st.sampled_from(["pixels", "scores"]), max_size=2).map(tuple),
     suspects=st.integers(0, 50),
+    promoted=st.sampled_from([None, "memmc-cxr/3"]),
+    waiting=st.sampled_from([None, "memmc-cxr/4"]),
 )
 
 
@@ -60,7 +62,8 @@ def test_drift_counts_only_where_the_settings_say_so():
 def test_it_never_trains_and_judges_at_once_and_always_says_why(found):
     choice = choose(found, RULES)
     assert not (choice.train and choice.judge)
-    assert choice.judge == (found.pending is not None)
+    assert choice.judge == (found.pending is not None or found.promoted is not None)
+    assert not choice.ask or (found.waiting is not None and not choice.train and not choice.judge)
     assert choice.reason
     assert choose(found, RULES) == choice
 
@@ -81,6 +84,16 @@ def test_kept_facts_are_decided_alike(found):
     """A decision can be asked again from its row, with other rules too; other versions' fields do not matter."""
     again = Facts.from_json({**found.as_json(), "screened": None, "later_field": 1})
     assert again == found
+
+
+def test_who_waits_for_a_person_is_asked_about_until_there_is_reason_to_train_another():
+    waits = replace(CALM, waiting="memmc-cxr/2")
+    assert choose(waits, RULES).ask
+    held = choose(replace(waits, age_days=400.0, since_training_days=1.0), RULES)
+    assert (held.ask, held.train) == (True, False)
+    assert "memmc-cxr/2" in held.reason
+    assert choose(replace(waits, age_days=400.0), RULES).train
+    assert choose(replace(waits, pending="memmc-cxr/3"), RULES).judge
 
 
 def decision(action, outcome, model):
