@@ -23,7 +23,7 @@ from flows.embedded import await_server, prepare
 from flows.naming import TAG, check_cohort
 from flows.progress import Both, PrefectProgress
 from memmc.config import Config, load_config
-from memmc.errors import IdentityKeyError, MemmcError, StorageError, UsageError
+from memmc.errors import GateRefused, IdentityKeyError, MemmcError, StorageError, UsageError
 from memmc.pipeline.audit import acting
 from memmc.pipeline.custody import adopt, handed_over, holding
 from memmc.pipeline.progress import Progress
@@ -57,6 +57,7 @@ class Caller:
     progress: Progress
     places: Mapping[str, str] = field(default_factory=dict[str, str])
     error: BaseException | None = None
+    found: dict[str, Any] | None = None
 
 
 _CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)
@@ -71,7 +72,7 @@ def call_flow(
     progress: Progress,
     places: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Run a flow in this process and return its result.
+    """Run a flow in this process and return its result; where a gate has refused, what the flow has kept of it.
 
     Args:
         flow: gives the flow; called when Prefect may be imported.
@@ -105,7 +106,21 @@ def call_flow(
         failure = caller.error or _explain(error)
     finally:
         _CALLER.reset(token)
+    if isinstance(failure, GateRefused) and caller.found is not None:
+        return caller.found
     raise failure
+
+
+def has_caller() -> bool:
+    """Say whether somebody in this process called the flow: a deployed run has nobody."""
+    return _CALLER.get() is not None
+
+
+def keep_result(found: dict[str, Any]) -> None:
+    """Keep what a flow that may yet be refused has found, for the caller to show."""
+    caller = _CALLER.get()
+    if caller is not None:
+        caller.found = found
 
 
 def place_shown(place: str) -> str:

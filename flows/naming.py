@@ -10,11 +10,13 @@ from typing import Annotated
 from pydantic import Field
 
 from memmc.errors import UsageError
+from memmc.pipeline.approval import PERSON
 
 # The form cohort names have everywhere; checked by Prefect before a run begins, so that no other text becomes a name.
 _COHORT = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 TAG = "memmc"  # of every run, by which automations know it
 Cohort = Annotated[str, Field(pattern=_COHORT)]
+Person = Annotated[str, Field(pattern=PERSON)]
 
 
 def check_cohort(cohort: str) -> None:

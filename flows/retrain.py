@@ -6,11 +6,13 @@ from typing import Any
 
 from prefect import flow, pause_flow_run, task
 from prefect.artifacts import create_markdown_artifact
+from prefect.events import emit_event
 from prefect.exceptions import FlowPauseTimeout
 from prefect.input import RunInput
 
-from flows.calls import Overrides, call_flow, config_in_force, run_step
-from flows.naming import Cohort, artifact_key, run_name
+from flows.alerts import waiting_of
+from flows.calls import Overrides, call_flow, config_in_force, has_caller, keep_result, run_step
+from flows.naming import Cohort, Person, artifact_key, run_name
 from flows.ray_job import on_cluster, stop_cluster_jobs, submits_jobs
 from flows.summary import as_markdown
 from flows.tasks import DEAR, ON_STORAGE
@@ -23,7 +25,7 @@ from memmc.pipeline.results import Result
 class Approval(RunInput):
     """What a person says to a challenger that has passed the gates."""
 
-    name: str
+    name: Person
     approve: bool = True
 
 
@@ -46,31 +48,78 @@ def run(config: Config, cohort: str, approve: str | None, *, home: Path, progres
 def retrain_flow(cohort: Cohort, approve: str | None = None, config: Overrides | None = None) -> dict[str, Any]:
     """Train anew if new normals, age or drift ask for it, and promote what passes the gates.
 
+    Where `promote.approval` asks for a person and none is named, a flow that a command started pauses until somebody
+    has answered. A deployed run ends instead and says who waits: the slot of its concurrency limit is given away when
+    it pauses, and its process is ended as soon as it wants to keep it.
+
     Args:
         cohort: whose model.
-        approve: who agrees beforehand; where `promote.approval` asks for a person and none is named, the flow pauses.
+        approve: who agrees beforehand.
         config: settings that differ from the defaults, by section; never key material.
     """
-    done = in_one(cohort, approve, config) if submits_jobs(config_in_force(config)) else None
-    plan = done["plan"] if done else decide(cohort, config)
+    early = {} if has_caller() else look_for_normals(cohort, config)
+    done = in_one(cohort, approve, config) if not early and submits_jobs(config_in_force(config)) else None
+    plan = early or (done["plan"] if done else decide(cohort, config))
     create_markdown_artifact(as_markdown("Decision", plan), key=artifact_key("retrain", cohort))
+    found: dict[str, Any] = {"plan": plan, "trained": None, "verdict": None}
     if plan["outcome"] == "wait":
-        return {"plan": plan, "trained": None, "verdict": None}
+        return found
     if done:
-        trained, verdict = done["trained"], done["verdict"]
-        challenger = verdict["model"]
+        found |= {"trained": done["trained"], "verdict": done["verdict"]}
     else:
-        trained = train(cohort, plan, config) if plan["outcome"] == "train" else None
-        challenger = trained["model"] if trained else plan["facts"]["pending"]
-        verdict = judge(cohort, challenger, approve, config)
-    show(cohort, verdict)
-    if verdict["outcome"] == "waiting":
-        answer = ask(cohort, challenger, config)
-        verdict = (judge if answer.approve else decline)(cohort, challenger, answer.name, config)
-        show(cohort, verdict)
+        found["trained"] = train(cohort, plan, config) if plan["outcome"] == "train" else None
+        challenger = found["trained"]["model"] if found["trained"] else plan["challenger"]
+        found["verdict"] = judge(cohort, challenger, approve, config)
+    show(cohort, found["verdict"])
+    keep_result(found)
+    if found["verdict"]["outcome"] == "waiting":
+        if not has_caller():
+            tell(cohort, found["verdict"])
+            return found
+        answer = ask(cohort, found["verdict"]["model"], config)
+        found["verdict"] = settle(cohort, found["verdict"]["model"], answer.name, answer.approve, config)
+    return promoted_or_refused(found["verdict"], found)
+
+
+@flow(
+    name="approve",
+    flow_run_name=run_name("approve"),
+    persist_result=False,
+    result_serializer="json",
+    on_cancellation=[stop_cluster_jobs],
+)
+def approve_flow(cohort: Cohort, name: Person, approve: bool = True, config: Overrides | None = None) -> dict[str, Any]:
+    """Answer for the challenger that waits for a person: make it the champion, or keep that they said no.
+
+    Args:
+        cohort: whose model.
+        name: of the person who answers.
+        approve: whether they agree.
+        config: settings that differ from the defaults, by section; never key material.
+    """
+    asked = find_waiting(cohort, config)
+    verdict = settle(cohort, asked["model"], name, approve, config)
+    return promoted_or_refused(verdict, verdict) if approve else verdict
+
+
+def promoted_or_refused(verdict: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Return what a flow has found, unless its challenger is refused."""
     if verdict["outcome"] != "promoted":
-        raise GateRefused(f"{challenger} is not promoted: {verdict['reason']}")
-    return {"plan": plan, "trained": trained, "verdict": verdict}
+        raise GateRefused(f"{verdict['model']} is not promoted: {verdict['reason']}")
+    return found
+
+
+def settle(cohort: str, challenger: str, name: str, approve: bool, config: Overrides | None) -> dict[str, Any]:
+    """Act on a person's answer."""
+    verdict = (judge if approve else decline)(cohort, challenger, name, config)
+    show(cohort, verdict)
+    return verdict
+
+
+def tell(cohort: str, verdict: dict[str, Any]) -> None:
+    """Emit an event that an automation sends to people."""
+    event, payload = waiting_of(verdict)
+    emit_event(event, resource={"prefect.resource.id": f"memmc.cohort.{cohort}"}, payload=payload)
 
 
 def show(cohort: str, verdict: dict[str, Any]) -> None:
@@ -98,6 +147,22 @@ def ask(cohort: str, challenger: str, config: Overrides | None) -> Approval:
         raise GateRefused(
             f"nobody has answered for {hours:g} h; {challenger} still waits: promote --cohort {cohort} --approve NAME"
         ) from None
+
+
+@task(name="look-for-normals", **ON_STORAGE)
+def look_for_normals(cohort: str, config: Overrides | None) -> dict[str, Any]:
+    """Return a plan to wait where nothing is labelled yet, as on a new site; an empty one elsewhere."""
+
+    def step(resolved: Config, progress: Progress) -> Result | None:
+        from memmc.pipeline.retrain import RetrainPlan, no_normals_yet
+
+        reason = no_normals_yet(resolved, cohort)
+        if reason is None:
+            return None
+        progress.message(reason)
+        return RetrainPlan(cohort, "wait", reason, {}, None, None)
+
+    return run_step(f"retrain-{cohort}", config, step)
 
 
 @task(name="retrain-on-cluster", **DEAR)
@@ -152,6 +217,18 @@ def judge(cohort: str, challenger: str, approve: str | None, config: Overrides |
 
         judged = on_cluster(here, "promote", PromoteResult, challenger, cohort=cohort, approve=approve)
         return judged(resolved, progress)
+
+    return run_step(f"promote-{cohort}", config, step)
+
+
+@task(name="find-waiting", **ON_STORAGE)
+def find_waiting(cohort: str, config: Overrides | None) -> dict[str, Any]:
+    """Return the verdict that waits for a person."""
+
+    def step(resolved: Config, _progress: Progress) -> Result:
+        from memmc.pipeline.promote import find_waiting
+
+        return find_waiting(resolved, cohort)
 
     return run_step(f"promote-{cohort}", config, step)
 

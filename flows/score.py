@@ -7,16 +7,16 @@ from typing import Any
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from flows.calls import Overrides, call_flow, run_step
+from flows.calls import Overrides, call_flow, has_caller, run_step
 from flows.cockpit import first_begun, name_run, show_most_abnormal, show_tracked
 from flows.naming import Cohort, artifact_key, run_name
-from flows.ray_job import on_cluster, stop_cluster_jobs
+from flows.ray_job import on_cluster, stop_cluster_jobs, submits_jobs
 from flows.summary import as_markdown
 from flows.tasks import ON_STORAGE
 from memmc.config import Config
 from memmc.errors import MissingClassError
 from memmc.pipeline.progress import Progress
-from memmc.pipeline.results import EvaluationResult, ReportResult, Result, ScoreResult
+from memmc.pipeline.results import EvaluationResult, ReportResult, Result, ScoreResult, TooEarly
 
 
 def run(
@@ -66,6 +66,9 @@ def score_flow(
         limit: at most so many instances.
     """
     began = first_begun()
+    if model is None and not has_caller() and (early := look_for_model(cohort, config)):
+        create_markdown_artifact(as_markdown("Nothing scored", early), key=artifact_key("score", cohort))
+        return early
     scored = score_instances(cohort, model, config, since, limit)
     create_markdown_artifact(as_markdown("Scored instances", scored), key=artifact_key("score", cohort))
     show_most_abnormal(cohort, scored["model"], began, config)
@@ -77,6 +80,25 @@ def score_flow(
         create_link_artifact(as_link(written["report"]), link_text="Report", key=artifact_key("report", cohort))
     name_run("score", cohort, None, config)
     return scored
+
+
+@task(name="look-for-model", **ON_STORAGE)
+def look_for_model(cohort: str, config: Overrides | None) -> dict[str, Any]:
+    """Return why nothing can be scored where there is no model yet, as on a new site; an empty result elsewhere."""
+
+    def step(resolved: Config, progress: Progress) -> Result | None:
+        from memmc.pipeline.identity import home_directory
+        from memmc.pipeline.models import no_model_yet
+
+        # Without a server for all, the cluster's models are the cluster's own.
+        elsewhere = submits_jobs(resolved) and resolved.tracking.uri is None
+        reason = None if elsewhere else no_model_yet(resolved, home_directory())
+        if reason is None:
+            return None
+        progress.message(reason)
+        return TooEarly(cohort, reason)
+
+    return run_step(f"score-{cohort}", config, step)
 
 
 @task(name="score-instances", **ON_STORAGE)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memmc.cli.options import CohortOption, ConfigOption, DryRunOption, JsonOption, LakeOption, SetOption, call
+from memmc.cli.options import CohortOption, ConfigOption, JsonOption, LakeOption, SetOption, call
 from memmc.errors import GateRefused
 from memmc.pipeline.progress_lines import LINES, VARIABLE
 
@@ -31,7 +31,12 @@ def promote(
     config: ConfigOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
-    dry_run: DryRunOption = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Measure and say, keep no verdict, move nothing; scores that it needs are kept."
+        ),
+    ] = False,
 ) -> None:
     """Put a model through the gates against the champion, and into its place if it passes; 3 if it does not."""
     from memmc.pipeline.promote import promote as step

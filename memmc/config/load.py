@@ -62,7 +62,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"configuration file cannot be read ({error.strerror}); check --config or MEMMC_CONFIG") from None
+        raise ConfigError(
+            f"configuration file cannot be read ({error.strerror}); check --config or MEMMC_CONFIG"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"configuration file is not TOML: {error}") from None
 

@@ -12,7 +12,7 @@ from memmc.config import Config
 from memmc.dicom.geometry import Fit
 from memmc.errors import ModelError, PreprocessMismatch
 from memmc.model.digest import model_digest
-from memmc.registry.models import download, resolve
+from memmc.registry.models import all_versions, download, resolve
 from memmc.registry.tracking import Tracking, open_tracking
 
 ANCESTORS_TAG = "ancestors"
@@ -81,6 +81,17 @@ def fit_of(config: Config, model: OpenModel) -> Fit | None:
 def tracking_of(config: Config, home: Path) -> Tracking:
     """Return the tracking store the configuration names."""
     return open_tracking(config.tracking, home)
+
+
+def no_model_yet(config: Config, home: Path) -> str | None:
+    """Say that the registry holds no model at all, as on a new site; None where it does.
+
+    Raises:
+        StorageError: the registry cannot be reached.
+    """
+    if all_versions(tracking_of(config, home)):
+        return None
+    return "no model yet: nothing is scored before `memmc train` has made one"
 
 
 def open_model(config: Config, home: Path, reference: str | None, cohort: str | None = None) -> OpenModel:

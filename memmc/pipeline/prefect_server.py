@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import ssl
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +12,11 @@ from typing import Any
 
 import httpx
 
-from memmc.errors import StorageError
+from memmc.errors import ConfigError, StorageError
 
 _SQLITE_WORKERS = 2  # more make SQLite's one writer the thing that runs wait for, and fail on
 _TIMEOUT_S = 20.0
+_YES = frozenset({"1", "true", "t", "yes", "y", "on"})  # as pydantic reads a setting
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,17 @@ def look_at_server(url: str, env: Mapping[str, str]) -> PrefectServer:
 
     Args:
         url: of its API.
-        env: PREFECT_API_AUTH_STRING or PREFECT_API_KEY, where it wants one.
+        env: the settings of Prefect's own client: PREFECT_API_AUTH_STRING or PREFECT_API_KEY, where it wants one,
+            PREFECT_API_SSL_CERT_FILE or PREFECT_API_TLS_INSECURE_SKIP_VERIFY, PREFECT_CLIENT_CUSTOM_HEADERS.
 
     Raises:
         StorageError: it does not answer, or refuses.
+        ConfigError: a setting cannot be read.
     """
+    headers = _custom_headers(env) | _authorisation(env)
+    verify = _trust(env)
     try:
-        with httpx.Client(base_url=url.rstrip("/"), headers=_authorisation(env), timeout=_TIMEOUT_S) as client:
+        with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT_S, verify=verify) as client:
             settings = _answer(client.get("/admin/settings"))
             client.headers.update(_against_forgery(client))
             pools = [pool["name"] for pool in _answer(client.post("/work_pools/filter", json={}))]
@@ -76,6 +83,33 @@ def _authorisation(env: Mapping[str, str]) -> dict[str, str]:
     if key := env.get("PREFECT_API_KEY"):
         return {"Authorization": f"Bearer {key}"}
     return {}
+
+
+def _custom_headers(env: Mapping[str, str]) -> dict[str, str]:
+    text = env.get("PREFECT_CLIENT_CUSTOM_HEADERS") or "{}"
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ConfigError("PREFECT_CLIENT_CUSTOM_HEADERS is no JSON object of texts; see Prefect's client settings")
+    return found
+
+
+def _trust(env: Mapping[str, str]) -> ssl.SSLContext | bool:
+    """Return which certificates a server is believed by; True stands for those of httpx."""
+    if (env.get("PREFECT_API_TLS_INSECURE_SKIP_VERIFY") or "").strip().lower() in _YES:
+        unverified = ssl.create_default_context()
+        unverified.check_hostname = False
+        unverified.verify_mode = ssl.CERT_NONE
+        return unverified
+    file = env.get("PREFECT_API_SSL_CERT_FILE")
+    try:
+        return ssl.create_default_context(cafile=file) if file else True
+    except OSError as error:
+        raise ConfigError(
+            f"the certificates of PREFECT_API_SSL_CERT_FILE cannot be read ({type(error).__name__}); name a PEM file"
+        ) from None
 
 
 def _against_forgery(client: httpx.Client) -> dict[str, str]:

@@ -140,6 +140,20 @@ def waiting_verdict(config: Config, cohort: str, model: str) -> PromoteResult | 
     return _result(found) if found else None
 
 
+def find_waiting(config: Config, cohort: str) -> PromoteResult:
+    """Return the newest verdict on a cohort's models, which waits for a person.
+
+    Raises:
+        DataError: it does not.
+    """
+    check_cohort(cohort)
+    verdicts = (item for item in read(Lake(config.lake.uri), cohort=cohort) if item.action != "retrain")
+    found = next(verdicts, None)
+    if found is None or found.outcome != "waiting":
+        raise DataError(f"no verdict of cohort {cohort} waits for a person; see `memmc decisions --cohort {cohort}`")
+    return _result(found)
+
+
 def decline(config: Config, cohort: str, model: str, name: str) -> PromoteResult:
     """Keep that a person said no to a challenger that waited for them.
 

@@ -15,6 +15,14 @@ class Result:
 
 
 @dataclass(frozen=True)
+class TooEarly(Result):
+    """A step of a new site that has nothing to work on yet, and why."""
+
+    cohort: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class IngestResult(Result):
     """Account of one ingest: seen = stored + duplicate + excluded + quarantined.
 

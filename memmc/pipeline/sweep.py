@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -42,6 +42,8 @@ _SHARED = {"validate_share", "warm_start", "use_gpu", "cache_bytes"}
 _UNREAD = {"num_workers", "min_workers", "strategy", "checkpoint_seconds", "max_failures", "hung_seconds", "resume"}
 _HELD_OUT_SHARE = 0.1
 _FIGURES = ("probe_auroc", "val_error", "loss", "steps")
+# A trial has both, so that a value of train.select or train.patience is not refused for want of the other.
+_BESIDE = (f"train.validate_share={_HELD_OUT_SHARE}", "train.select=val_error")
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def combinations(params: Sequence[str], samples: int | None, seed: int) -> list[
         if section == "train" and key in _UNREAD:
             raise UsageError(f"--param {name}: a trial has one worker and no checkpoints, so it would change nothing")
         for value in found:
-            load_config(overrides=[f"{name}={value}"])
+            _value(name, value)
         values[name] = found
     if not values:
         raise UsageError("nothing to vary; give --param section.key=value,value,... at least once")
@@ -120,12 +122,22 @@ def trial_config(config: Config, settings: dict[str, str], minutes: float) -> Co
     tree["train"] |= {"max_minutes": minutes, "validate_share": config.train.validate_share or _HELD_OUT_SHARE}
     for name, value in settings.items():
         section, _, key = name.partition(".")
-        tree[section][key] = value
+        tree[section][key] = _value(name, value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         shown = ", ".join(f"{name}={value}" for name, value in settings.items())
         raise ConfigError(f"trial {shown}: {error.errors()[0]['msg']}") from None
+
+
+def _value(name: str, text: str) -> Any:
+    """Return the value of `section.key`, read as `--set` reads it.
+
+    Raises:
+        ConfigError: an unknown key or a value out of range.
+    """
+    section, _, key = name.partition(".")
+    return getattr(getattr(load_config(overrides=[*_BESIDE, f"{name}={text}"]), section), key)
 
 
 def preview(config: Config, cohort: str, params: Sequence[str], samples: int | None, minutes: float) -> PlanResult:
@@ -158,9 +170,9 @@ def sweep(
 ) -> SweepResult:
     """Train every combination of settings for the same time and rank them by a figure of held-out normals.
 
-    No label and no test image is used. Each trial has one worker; as many run at once as there are cores, or GPUs.
-    Each starts from `train.warm_start`, if that is set. Nothing is registered: train the winner with
-    `memmc train --set ...`.
+    No label and no test image is used. A trial counts with the look whose weights `train.select` would register. Each
+    has one worker; as many run at once as there are cores, or GPUs. Each starts from `train.warm_start`, if that is set.
+    Nothing is registered: train the winner with `memmc train --set ...`.
 
     Args:
         params: `section.key=value,value,...`.
@@ -189,16 +201,13 @@ def sweep(
     if start is not None:
         tags |= {"warm_start": start.ref, "warm_start_digest": start.digest}
     parent = tracking.start_run(f"memmc/{cohort}", name, tags=tags, params={"by": by, "minutes": minutes})
-    children = [
-        tracking.start_run(
-            f"memmc/{cohort}", f"{name}-{number}", tags=tags | {"mlflow.parentRunId": parent}, params=settings
-        )
-        for number, settings in enumerate(chosen)
-    ]
+    runs = _TrialRuns(tracking)
     progress.message(f"{len(chosen)} trials of {minutes:g} min, {rows.num_rows} images, {held_out.num_rows} held out")
     progress.stage("start workers")
     status = "FAILED"
     try:
+        for number, settings in enumerate(chosen):
+            runs.begin(f"memmc/{cohort}", f"{name}-{number}", tags | {"mlflow.parentRunId": parent}, settings)
         with ray_cluster(config, home) as ray:
             use_gpu = on_gpus(ray, config.train)
             require_cpus(ray, 1, use_gpu)
@@ -213,13 +222,16 @@ def sweep(
                 "weights": None if start is None else (start.folder / WEIGHTS_FILE).read_bytes(),
             }
             filesystem, root = lake.storage.arrow_filesystem()
-            recorder = _recorder(tracking, children, progress, len(jobs))
+            recorder = _recorder(runs, progress, len(jobs))
             progress.stage("sweep", 1.0)
             results = _tune(given, at_once, name, (filesystem, f"{root}/sweeps"), recorder)
         status = "FINISHED"
     finally:
+        runs.end_all()
         tracking.end_run(parent, status)
-    trials = [_trial(chosen[n], children[n], results.get(n)) for n in range(len(chosen))]
+    for number in results.keys() & runs.looks.keys():
+        results[number] |= _chosen_look(runs.looks[number], configs[number].train.select)
+    trials = [_trial(chosen[n], runs.ids[n], results.get(n)) for n in range(len(chosen))]
     ranked = sorted(trials, key=lambda trial: _rank(trial, by))
     if ranked[0].failure:
         raise TrainingError(f"no trial of sweep {name} ended well; the first failed with {ranked[0].failure}")
@@ -274,13 +286,54 @@ def _tune(
     return found
 
 
-def _recorder(tracking: Tracking, children: list[str], progress: Progress, count: int) -> Any:
+class _TrialRuns:
+    """The trials' tracked runs.
+
+    Attributes:
+        ids: of the runs, by number of the trial.
+        looks: what each trial has reported, in order.
+    """
+
+    def __init__(self, tracking: Tracking) -> None:
+        self._tracking = tracking
+        self.ids: list[str] = []
+        self.looks: dict[int, list[dict[str, Any]]] = {}
+        self._ended: set[int] = set()
+
+    def begin(self, experiment: str, name: str, tags: dict[str, str], settings: dict[str, str]) -> None:
+        """Begin the run of the next trial."""
+        self.ids.append(self._tracking.start_run(experiment, name, tags=tags, params=settings))
+
+    def look(self, number: int, result: Mapping[str, Any]) -> None:
+        """Keep and log what a trial reports."""
+        figures = {key: float(result[key]) for key in _FIGURES if key in result}
+        self.looks.setdefault(number, []).append({**figures, "step": int(result["step"])})
+        self._tracking.log_metrics(self.ids[number], [(int(result["step"]), figures)])
+
+    def end(self, number: int, status: Literal["FINISHED", "FAILED"]) -> int:
+        """End a trial's run; return how many have ended."""
+        self._ended.add(number)
+        self._tracking.end_run(self.ids[number], status)
+        return len(self._ended)
+
+    def end_all(self) -> None:
+        """End the runs of trials that never began, or whose end was not seen."""
+        for number in set(range(len(self.ids))) - self._ended:
+            self.end(number, "FAILED")
+
+
+def _chosen_look(looks: Sequence[dict[str, Any]], select: str) -> dict[str, Any]:
+    """Return the look whose weights a training with `train.select` would register: the last, or the first best."""
+    if select == "last":
+        return looks[-1]
+    return min(looks, key=lambda look: look[select] if select == "val_error" else -look[select])
+
+
+def _recorder(runs: _TrialRuns, progress: Progress, count: int) -> Any:
     """Return a Tune callback that writes each trial's reports to its own tracked run."""
     from ray.tune import Callback
 
     class Recorder(Callback):
-        ended = 0
-
         def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
             """Travel without the tracking store and the terminal: Tune pickles what it was called with."""
             return Callback, ()
@@ -288,8 +341,7 @@ def _recorder(tracking: Tracking, children: list[str], progress: Progress, count
         def on_trial_result(
             self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
         ) -> None:
-            step, figures = int(result["step"]), {key: float(result[key]) for key in _FIGURES if key in result}
-            tracking.log_metrics(children[trial.config[NUMBER]], [(step, figures)])
+            runs.look(trial.config[NUMBER], result)
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
             self._end(trial, "FINISHED")
@@ -298,9 +350,8 @@ def _recorder(tracking: Tracking, children: list[str], progress: Progress, count
             self._end(trial, "FAILED")
 
         def _end(self, trial: Any, status: Literal["FINISHED", "FAILED"]) -> None:
-            self.ended += 1
-            tracking.end_run(children[trial.config[NUMBER]], status)
-            progress.advance(self.ended / count, f"{self.ended} of {count} trials")
+            ended = runs.end(trial.config[NUMBER], status)
+            progress.advance(ended / count, f"{ended} of {count} trials")
 
     return Recorder()
 

@@ -186,17 +186,17 @@ def test_what_left_the_file_is_removed_and_what_is_not_ours_stays(site):
 
     def shorten(content):
         content["deployments"] = [each for each in content["deployments"] if each["name"] != "daily"]
-        (score,) = (each for each in content["deployments"] if each["entrypoint"].startswith("flows.score"))
-        assert score["schedules"].pop()["slug"] == "monday-report"
+        (score,) = (each for each in content["deployments"] if each["name"] == "weekly-report")
+        assert score["schedules"].pop()["slug"] == "monday-morning"
         del score["concurrency_limit"]
 
     site.edit("prefect.yaml", shorten)
     site.edit("automations.yaml", lambda content: content["automations"].pop(0))
     kept = (site.files / "automations.yaml").read_text(), (site.files / "prefect.yaml").read_text()
     changes = {(change["action"], change["name"]) for change in site.deploy()["changes"]}
-    assert changes == {("update", "score/new-scans"), ("delete", "status/daily"), ("delete", "memmc-crash-zombies")}
-    assert set(scheduled(site.deployments()["score/new-scans"])) == {"hourly"}
-    assert site.deployments()["score/new-scans"]["global_concurrency_limit"] is None
+    assert changes == {("update", "score/weekly-report"), ("delete", "status/daily"), ("delete", "memmc-crash-zombies")}
+    assert not scheduled(site.deployments()["score/weekly-report"])
+    assert site.deployments()["score/weekly-report"]["global_concurrency_limit"] is None
     assert {"theirs/nightly"} <= site.deployments().keys() and "status/daily" not in site.deployments()
     assert {"theirs", "memmc-resume-crashed"} <= site.automations().keys()
     assert "memmc-crash-zombies" not in site.automations()

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from memmc.config import Config, load_config
-from memmc.errors import GateRefused
 from memmc.pipeline.progress import Silent
 from memmc.pipeline.promote import PromoteResult
 from memmc.pipeline.results import TrainResult
@@ -110,12 +109,12 @@ def test_a_no_is_kept_and_ends_the_flow_as_refused(home: Path, config: Config, m
 
     monkeypatch.setattr(promote, "decline", decline)
     person = answered({"name": "alice", "approve": False})
-    with pytest.raises(GateRefused, match="not promoted"):
-        run(config, home, lambda *_args, **_named: verdict("waiting"), monkeypatch)
+    done = run(config, home, lambda *_args, **_named: verdict("waiting"), monkeypatch)
     person.join()
     assert said == ["alice"]
+    assert (done.verdict["outcome"], done.verdict["approver"]) == ("refused", "alice")
 
 
 def test_a_refused_challenger_asks_nobody(home: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(GateRefused, match="it is refused"):
-        run(config, home, lambda *_args, **_named: verdict("refused"), monkeypatch)
+    done = run(config, home, lambda *_args, **_named: verdict("refused"), monkeypatch)
+    assert (done.verdict["outcome"], done.trained["model"]) == ("refused", MODEL)

@@ -130,3 +130,19 @@ def test_what_libraries_print_does_not_stand_on_stdout(tmp_path, monkeypatch, ca
     said = capsys.readouterr()
     assert json.loads(said.out) == PlanResult({"new": 1}).as_dict()
     assert "(raylet) a warning" in said.err
+
+
+def test_the_file_that_memmc_config_names_is_read_where_none_is_given(tmp_path, monkeypatch):
+    from memmc.cli.options import call
+
+    monkeypatch.chdir(tmp_path)
+    for name, passes in (("site.toml", 8), ("other.toml", 16)):
+        (tmp_path / name).write_text(f"[score]\npasses = {passes}\n")
+    monkeypatch.setenv("MEMMC_CONFIG", str(tmp_path / "site.toml"))
+    with call(None, None, [], as_json=True) as run:
+        assert run.config.score.passes == 8
+    with call(None, tmp_path / "other.toml", [], as_json=True) as run:
+        assert run.config.score.passes == 16
+    monkeypatch.setenv("MEMMC_CONFIG", "")
+    with call(None, None, [], as_json=True) as run:
+        assert run.config.score.passes not in {8, 16}

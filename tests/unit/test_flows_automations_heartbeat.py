@@ -13,11 +13,11 @@ from flows.naming import TAG
 FILE = Path(__file__).parents[2] / "infra" / "automations.yaml"
 
 
-def trigger(name):
+def trigger(name, part=None):
     from prefect.server.events.schemas.automations import EventTrigger
 
-    found = {each["name"]: each for each in yaml.safe_load(FILE.read_text())["automations"]}
-    return EventTrigger.model_validate(found[name]["trigger"])
+    found = {each["name"]: each["trigger"] for each in yaml.safe_load(FILE.read_text())["automations"]}[name]
+    return EventTrigger.model_validate(found if part is None else found["triggers"][part])
 
 
 def event(kind, run_count="1", tag=TAG):
@@ -42,6 +42,21 @@ def test_a_crashed_run_begins_again_twice_at_most(count, again):
     crashed = event("Crashed", count)
     found = trigger("memmc-resume-crashed")
     assert (found.covers(crashed) and found.expects(crashed.event)) is again
+
+
+@pytest.mark.parametrize("count", ["0", "1", "2", "3", "4", "9", "10", "12", "21", "100"])
+def test_a_crash_is_either_begun_again_or_announced(count):
+    crashed = event("Crashed", count)
+    told = trigger("memmc-alert-failed", 1)
+    assert told.expects(crashed.event)
+    assert told.covers(crashed) is not trigger("memmc-resume-crashed").covers(crashed)
+
+
+def test_monitoring_that_never_began_is_noticed_too():
+    never = trigger("memmc-alert-never-monitored")
+    assert (never.after, never.for_each, never.threshold) == (set(), set(), 1)
+    assert never.expects("memmc.monitor.calm") and never.expects("memmc.alarm.drift")
+    assert never.within == trigger("memmc-alert-silent").within
 
 
 @pytest.mark.parametrize("kind", ["Failed", "Cancelled", "Completed", "heartbeat"])

@@ -6,11 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prefect.runtime import deployment
 
+from flows import calls
 from flows.calls import (
     _acting_as_deployment,
+    call_flow,
     config_of,
     given_place,
+    has_caller,
     is_transient,
+    keep_result,
     overrides_of,
     place_shown,
     refuse_credentials,
@@ -18,9 +22,10 @@ from flows.calls import (
 from flows.naming import artifact_key
 from flows.summary import as_markdown
 from memmc.config import Config, load_config
-from memmc.errors import ConfigError, DataError, StorageError, UsageError
+from memmc.errors import ConfigError, DataError, GateRefused, StorageError, UsageError
 from memmc.lake.audit import record_name
 from memmc.pipeline.audit import note
+from memmc.pipeline.progress import Silent
 
 
 @pytest.mark.parametrize(
@@ -150,3 +155,24 @@ def test_the_audit_trail_names_the_deployment_that_runs(tmp_path, monkeypatch):
             head = note(config, "ingest")
         record = json.loads((tmp_path / "lake" / record_name(head.sequence)).read_text())
         assert (record["actor"], record["actor_basis"], record["actor_verified_by"]) == (*expected, None)
+
+
+def test_what_a_refused_flow_has_found_reaches_its_caller(tmp_path, monkeypatch):
+    monkeypatch.setattr(calls, "prepare", lambda home: None)
+    monkeypatch.setattr(calls, "await_server", lambda: None)
+
+    def run(found, error):
+        def flow(**_shown):
+            assert has_caller()
+            if found:
+                keep_result(found)
+            raise error
+
+        return call_flow(lambda: flow, {"cohort": "cxr"}, config=Config(), home=tmp_path, progress=Silent())
+
+    assert run({"verdict": "refused"}, GateRefused("worse")) == {"verdict": "refused"}
+    with pytest.raises(GateRefused, match="worse"):
+        run(None, GateRefused("worse"))
+    with pytest.raises(DataError, match="nothing"):
+        run({"verdict": "refused"}, DataError("nothing"))
+    assert not has_caller()

@@ -10,7 +10,9 @@ from flows.automations import check_automation, resolve_automation
 from flows.deploy import deploy
 from flows.deployment_file import read_automations, read_deployments
 from flows.desired import desired_deployments, desired_pools
+from memmc import __version__
 from memmc.errors import ConfigError, UsageError
+from memmc.pipeline.approval import PERSON
 
 INFRA = Path(__file__).parents[2] / "infra"
 FILE = INFRA / "prefect.yaml"
@@ -44,6 +46,20 @@ def test_the_shipped_file_holds_and_says_all_that_is_asked_of_it():
         assert all(schedule.timezone for schedule in each.spec.schedules)
         assert not {"source", "labels_file"} & each.spec.parameters.keys()
     assert {each.spec.work_pool.name for each in check(FILE, "memmc-kubernetes").values()} == {"memmc-kubernetes"}
+
+
+def test_the_weekly_report_waits_for_its_turn():
+    wanted = check(FILE)
+    report = wanted["score/weekly-report"].spec
+    assert report.parameters == {"cohort": "cxr", "report": True, "evaluate": True}
+    assert report.concurrency_limit.collision_strategy == "ENQUEUE"
+    assert [each.slug for each in wanted["score/new-scans"].spec.schedules] == ["hourly"]
+
+
+def test_whoever_answers_for_a_challenger_is_asked_for_their_name():
+    schema = check(FILE)["approve/on-demand"].parameter_schema
+    assert set(schema["required"]) == {"cohort", "name"}
+    assert schema["properties"]["name"]["pattern"] == PERSON
 
 
 def put(section, number, key, value):
@@ -156,7 +172,7 @@ def test_a_kubernetes_job_is_what_a_hospital_lets_in():
     )
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert container["securityContext"]["readOnlyRootFilesystem"]
-    assert container["image"] == "memmc:latest"
+    assert container["image"] == f"memmc:{__version__}"  # a node that holds an older image would keep to `latest`
     assert container["resources"]["limits"] == {"cpu": "4", "memory": "8Gi"}
     assert job["spec"]["ttlSecondsAfterFinished"] == 3600
     assert (

@@ -1,15 +1,19 @@
 import io
 import json
 from dataclasses import asdict
+from unittest.mock import Mock
 
 import pytest
 
 from memmc import errors
+from memmc.cli import main
 from memmc.config import RayConfig
-from memmc.errors import DataError, MemmcError
+from memmc.errors import DataError, MemmcError, StorageError
+from memmc.lake.commit import LostTurnError
 from memmc.pipeline.cluster_job import _command, _named, _outcome, takes_jobs
 from memmc.pipeline.progress_lines import ProgressLines, pass_on
 from memmc.pipeline.results import ReportResult, ScoreResult
+from memmc.s3 import AccessRefusedError, S3Error
 
 CANARY = "SMITH^JOHN"
 SCORED = ScoreResult(
@@ -102,6 +106,17 @@ def test_errors_come_back_by_their_name(name):
     with pytest.raises(MemmcError, match=r"^do this$") as caught:
         _outcome(log({"error": name, "message": "do this"}), "FAILED", "job", ScoreResult)
     assert type(caught.value) is getattr(errors, name)
+
+
+def test_an_error_that_only_another_module_knows_comes_back_as_its_nearest_kin(monkeypatch, capsys):
+    """What is worth another try here is worth one there: a task tries again after a StorageError alone."""
+    for error in (S3Error("do this"), AccessRefusedError("do this"), LostTurnError("do this")):
+        monkeypatch.setattr(main, "app", Mock(side_effect=error))
+        monkeypatch.setattr("sys.argv", ["memmc", "score", "--json"])
+        with pytest.raises(SystemExit):
+            main.main()
+        with pytest.raises(StorageError, match=r"^do this$"):
+            _outcome(capsys.readouterr().out, "FAILED", "job", ScoreResult)
 
 
 @pytest.mark.parametrize("name", ["SystemExit", "annotations", "__doc__", "nothing"])

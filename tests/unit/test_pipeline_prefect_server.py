@@ -1,11 +1,13 @@
 import json
 import threading
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
+from small_authority import LOOPBACK, NOW, Authority
 
-from memmc.errors import StorageError
+from memmc.errors import ConfigError, StorageError
 from memmc.pipeline.prefect_server import PrefectServer, look_at_server
 
 
@@ -51,6 +53,39 @@ def url():
 
 def test_workers_that_beat_are_counted_over_all_pools_and_the_driver_is_seen(url):
     assert look_at_server(url, {"PREFECT_API_AUTH_STRING": "memmc:secret"}) == PrefectServer(2, True)
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """A server behind a proxy that wants a header, with a certificate of the hospital's own authority."""
+
+    class Guarded(Answers):
+        def _answer(self, content):
+            guest = self.headers.get("X-Proxy") == "let me in"
+            super()._answer(content) if guest else self.send_error(403)
+
+    ours = Authority(tmp_path / "ours")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Guarded)
+    context = ours.server(LOOPBACK, NOW + timedelta(days=1))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"https://127.0.0.1:{server.server_port}/api", str(ours.file)
+    server.shutdown()
+    server.server_close()
+
+
+def test_prefects_own_client_settings_are_used(guarded):
+    url, certificates = guarded
+    known = {"PREFECT_API_AUTH_STRING": "memmc:secret", "PREFECT_CLIENT_CUSTOM_HEADERS": '{"X-Proxy": "let me in"}'}
+    trusting = known | {"PREFECT_API_SSL_CERT_FILE": certificates}
+    assert look_at_server(url, trusting).workers == 2
+    assert look_at_server(url, known | {"PREFECT_API_TLS_INSECURE_SKIP_VERIFY": "true"}).workers == 2
+    for env in (known, trusting | {"PREFECT_CLIENT_CUSTOM_HEADERS": "{}"}):
+        with pytest.raises(StorageError, match="PREFECT_API_URL"):
+            look_at_server(url, env)
+    for wrong in ({"PREFECT_API_SSL_CERT_FILE": "/absent.pem"}, {"PREFECT_CLIENT_CUSTOM_HEADERS": "X-Proxy: x"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            look_at_server(url, trusting | wrong)
 
 
 def test_a_server_that_refuses_or_is_not_there_is_named(url):

@@ -6,8 +6,10 @@ import json
 
 import pytest
 import typer
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from flows.retrain import Approval
 from memmc.cli.main import app
 from memmc.cli.promoting import end
 from memmc.config import Config, PromoteConfig, load_config
@@ -16,7 +18,7 @@ from memmc.evaluation.gates import Gate
 from memmc.lake.commit import LostTurnError
 from memmc.lake.tables import Lake
 from memmc.pipeline.decisions import Decision, read, record, take_turn
-from memmc.pipeline.promote import check_approver, decline, verdict
+from memmc.pipeline.promote import check_approver, decline, find_waiting, verdict
 
 GOOD = [Gate("auroc", 0.9, 0.5, "pass", "0.9"), Gate("speed", None, None, "not applicable", "no champion")]
 BAD = [*GOOD, Gate("memory", 0.0, 0.1, "fail", "no slot in use")]
@@ -61,6 +63,35 @@ def test_it_takes_two_people_where_it_should():
             check_approver(PERSON, approver, author)
     with pytest.raises(UsageError, match="--approve NAME"):
         check_approver(PromoteConfig(), "../../etc/passwd", "bob")
+
+
+@pytest.mark.parametrize("name", ["Dr. Müller", "Øystein Å", "山田太郎", "a.b@hospital.example"])
+def test_names_of_any_script_are_taken_and_kept(config, name):
+    check_approver(PERSON, name, "bob")
+    lake = Lake(config.lake.uri)
+    record(config, lake, decision(approver=name))
+    assert read(lake)[0].approver == name
+    assert Approval(name=name).name == name
+
+
+@pytest.mark.parametrize("name", ["", " Bob", "../../etc/passwd", "a" * 65, "DOE^JANE", "_x"])
+def test_what_the_step_refuses_is_refused_by_the_form(name):
+    with pytest.raises(UsageError):
+        check_approver(PERSON, name, "bob")
+    with pytest.raises(ValidationError):
+        Approval(name=name)
+
+
+def test_the_verdict_that_waits_is_found_for_whoever_answers(config):
+    lake = Lake(config.lake.uri)
+    with pytest.raises(DataError, match="waits"):
+        find_waiting(config, "cxr")
+    record(config, lake, decision(outcome="waiting"))
+    record(config, lake, decision(action="retrain", outcome="wait", model=None))
+    assert find_waiting(config, "cxr").model == "memmc-cxr/2"
+    decline(config, "cxr", "memmc-cxr/2", "alice")
+    with pytest.raises(DataError, match="waits"):
+        find_waiting(config, "cxr")
 
 
 def test_of_two_decisions_on_one_champion_one_is_kept(config):

@@ -26,6 +26,7 @@ from memmc.pipeline.sweep import (
     SweepResult,
     Trial,
     _at_once,
+    _chosen_look,
     _rank,
     _recorder,
     _tune,
@@ -66,6 +67,7 @@ def test_every_combination_or_a_seeded_draw_without_repeats() -> None:
         (("train.checkpoint_seconds=1,2",), UsageError, "would change nothing"),
         (("train.base_rate=0.1",), ConfigError, "train.base_lr"),
         (("train.batch_size=8,none",), ConfigError, "train.batch_size"),
+        (("train.patience=0",), ConfigError, "train.patience"),
     ],
 )
 def test_what_cannot_be_varied_is_said_before_anything_starts(params, error, text) -> None:
@@ -84,6 +86,25 @@ def test_a_trial_has_its_settings_and_time_and_keeps_normals_back() -> None:
         trial_config(load_config(overrides=["train.min_workers=2"]), {"train.num_workers": "1"}, 1.0)
 
 
+def test_the_selection_and_its_patience_can_be_varied() -> None:
+    params = ("train.select=val_error,probe_auroc", "train.patience=none,4")
+    configs = [trial_config(load_config(), settings, 1.0) for settings in combinations(params, None, 0)]
+    assert {(one.train.select, one.train.patience) for one in configs} == {
+        (select, patience) for select in ("val_error", "probe_auroc") for patience in (None, 4)
+    }
+    assert len(combinations(("train.select=last,val_error",), None, 0)) == 2
+    with pytest.raises(ConfigError, match=r"trial train\.patience=4.*train\.select"):
+        trial_config(load_config(), {"train.patience": "4"}, 1.0)
+
+
+def test_a_trial_counts_with_the_look_that_its_selection_would_register() -> None:
+    looks = [
+        {"step": step, "val_error": error, "probe_auroc": auroc}
+        for step, error, auroc in ((1, 0.3, 0.7), (2, 0.2, 0.6), (3, 0.2, 0.9), (4, 0.4, 0.8))
+    ]
+    assert [_chosen_look(looks, select)["step"] for select in ("last", "val_error", "probe_auroc")] == [4, 2, 3]
+
+
 def test_the_recorder_travels_without_what_it_writes_to() -> None:
     """Tune pickles its callbacks; a lock stands for the tracking store's connections."""
     import ray.cloudpickle
@@ -91,7 +112,7 @@ def test_the_recorder_travels_without_what_it_writes_to() -> None:
     locked: Any = threading.Lock()
     with pytest.raises(TypeError, match="pickle"):
         ray.cloudpickle.dumps(locked)
-    assert ray.cloudpickle.loads(ray.cloudpickle.dumps(_recorder(locked, [], locked, 1)))
+    assert ray.cloudpickle.loads(ray.cloudpickle.dumps(_recorder(locked, locked, 1)))
 
 
 def test_trials_are_ranked_by_the_figure_and_failures_come_last() -> None:
@@ -177,20 +198,36 @@ def test_a_sweep_starts_from_a_model_streams_what_is_too_large_and_takes_the_gpu
     start = OpenModel("memmc-cxr/1", "d" * 16, tmp_path, info)
     opened: list[bool] = []
     told: dict[str, Any] = {}
+    looks: list[list[dict[str, float]]] = []
+    ended: list[tuple[str, str]] = []
+    refused: list[Exception] = []
 
     @contextmanager
     def cluster(*_args: Any) -> Iterator[Any]:
+        for error in refused:
+            raise error
         yield SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0, "GPU": 1.0})
 
     def open_source(*_args: Any, cached: bool) -> Any:
         opened.append(cached)
         return SimpleNamespace(tables=list)
 
-    def tune(given: dict[str, Any], at_once: int, *_args: Any) -> dict[int, dict[str, Any]]:
+    def tune(
+        given: dict[str, Any], at_once: int, _name: str, _storage: Any, recorder: Any
+    ) -> dict[int, dict[str, Any]]:
         told.update(given, at_once=at_once)
+        for number in range(len(looks)):
+            trial = SimpleNamespace(config={"number": number})
+            for look in looks[number]:
+                recorder.on_trial_result(0, [], trial, look)
+            recorder.on_trial_complete(0, [], trial)
         return {n: {"probe_auroc": 0.5 + n / 10, "val_error": 0.1, "loss": 0.1, "step": 3} for n in range(2)}
 
-    store = SimpleNamespace(start_run=lambda *_args, **_named: "run", end_run=lambda *_args: None)
+    store = SimpleNamespace(
+        start_run=lambda _experiment, name, **_named: name.rpartition("-")[2],
+        end_run=lambda run, status: ended.append((run, status)),
+        log_metrics=lambda *_args: None,
+    )
     fakes = {
         "open_model": lambda *_args: start,
         "tracking_of": lambda *_args: store,
@@ -210,3 +247,31 @@ def test_a_sweep_starts_from_a_model_streams_what_is_too_large_and_takes_the_gpu
         sweep(config, "cxr", ["model.memory_slots=16,4"], minutes=1.0)
     assert sweep(load_config(overrides=[*settings[:1], "train.use_gpu=false"]), "cxr", ["train.base_lr=0.1,0.2"]).trials
     assert (told["weights"], told["use_gpu"], opened[2:]) == (None, False, [True, True])
+
+    # The first trial was best half way, and would register that look; the other would register its last.
+    looks += [
+        [
+            {"step": 1, "probe_auroc": 0.9, "val_error": 0.1, "loss": 0.1},
+            {"step": 2, "probe_auroc": 0.5, "val_error": 1},
+        ],
+        [
+            {"step": 1, "probe_auroc": 0.6, "val_error": 0.1, "loss": 0.1},
+            {"step": 2, "probe_auroc": 0.7, "val_error": 1},
+        ],
+    ]
+    selecting = load_config(overrides=[settings[0], "train.validate_share=0.1", "train.use_gpu=false"])
+    ended.clear()
+    ranked = sweep(selecting, "cxr", ["train.select=probe_auroc,last"], minutes=1.0).trials
+    assert [(trial.settings["train.select"], trial.probe_auroc, trial.steps) for trial in ranked] == [
+        ("probe_auroc", 0.9, 1),
+        ("last", 0.7, 2),
+    ]
+    assert [status for _, status in ended] == ["FINISHED"] * 3
+
+    # A cluster that cannot be had leaves no trial running.
+    ended.clear()
+    refused.append(UsageError("too few CPUs"))
+    with pytest.raises(UsageError, match="too few CPUs"):
+        sweep(selecting, "cxr", ["train.select=probe_auroc,last"], minutes=1.0)
+    assert [run for run, _ in ended[:2]] == ["0", "1"]
+    assert [status for _, status in ended] == ["FAILED"] * 3
