@@ -69,7 +69,9 @@ class PromoteConfig(Section):
     two_people: bool = Field(
         default=True, description="Whoever began the training run may not approve it (with promote.approval = person)."
     )
-    approval_hours: float = Field(default=72.0, gt=0, description="Time a flow waits for that person, h.")
+    approval_hours: float = Field(
+        default=72.0, gt=0, description="Time a flow that a command started waits for that person, h."
+    )
 
 
 class RetrainConfig(Section):

@@ -171,8 +171,8 @@ def sweep(
     """Train every combination of settings for the same time and rank them by a figure of held-out normals.
 
     No label and no test image is used. A trial counts with the look whose weights `train.select` would register. Each
-    has one worker; as many run at once as there are cores, or GPUs. Each starts from `train.warm_start`, if that is set.
-    Nothing is registered: train the winner with `memmc train --set ...`.
+    has one worker; as many run at once as there are cores, or GPUs. Each starts from `train.warm_start`, if that is
+    set. Nothing is registered: train the winner with `memmc train --set ...`.
 
     Args:
         params: `section.key=value,value,...`.

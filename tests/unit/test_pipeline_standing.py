@@ -36,6 +36,12 @@ def home(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("site")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def at_first(home) -> str | None:
+    """What is said of the registry before it holds a model."""
+    return no_model_yet(load_config(), home / ".memmc")
+
+
 @pytest.fixture
 def config(home, monkeypatch) -> Config:
     monkeypatch.chdir(home)
@@ -164,7 +170,7 @@ def test_a_training_that_failed_for_good_counts_for_the_cooldown_and_one_cut_sho
     assert (row.outcome, row.reason) == ("failed", "the loss is not finite")
 
 
-def test_a_new_site_says_what_it_lacks(tmp_path, monkeypatch, config, tracking):
+def test_a_new_site_says_what_it_lacks(tmp_path, config, tracking, at_first):
     Lake(config.lake.uri).append(INSTANCES, batch(9, 5, START, cohort="mixed", label="unknown"))
     assert "no normals yet" in str(no_normals_yet(config, "mixed"))
     Lake(config.lake.uri).append(INSTANCES, batch(10, 5, START, cohort="mixed"))
@@ -173,4 +179,4 @@ def test_a_new_site_says_what_it_lacks(tmp_path, monkeypatch, config, tracking):
     assert no_model_yet(config, home_directory()) is None
     new = load_config(overrides=[f"lake.uri={tmp_path / 'lake'}"])
     assert "no normals yet" in str(no_normals_yet(new, "cxr"))
-    assert "no model yet" in str(no_model_yet(new, tmp_path / ".memmc"))
+    assert "no model yet" in str(at_first)
