@@ -53,7 +53,9 @@ def standing(lake: Lake, tracking: Tracking, name: str, decisions: Sequence[Deci
     told_of = {item.model for item in decisions if item.outcome == "trained"}
     if newest and registered and registered <= now and newest.ref not in told_of:
         ended.append(registered)
-    found = pending(decisions) or (newest and registered and _unjudged(decisions, newest, registered))
+    found = pending(decisions)
+    if found is None and newest and registered:
+        found = _unjudged(decisions, newest, registered)
     return Standing(
         promoted=cut_short.model if cut_short else None,
         pending=found if found in there else None,
