@@ -81,27 +81,6 @@ def retrain_flow(cohort: Cohort, approve: str | None = None, config: Overrides |
     return promoted_or_refused(found["verdict"], found)
 
 
-@flow(
-    name="approve",
-    flow_run_name=run_name("approve"),
-    persist_result=False,
-    result_serializer="json",
-    on_cancellation=[stop_cluster_jobs],
-)
-def approve_flow(cohort: Cohort, name: Person, approve: bool = True, config: Overrides | None = None) -> dict[str, Any]:
-    """Answer for the challenger that waits for a person: make it the champion, or keep that they said no.
-
-    Args:
-        cohort: whose model.
-        name: of the person who answers.
-        approve: whether they agree.
-        config: settings that differ from the defaults, by section; never key material.
-    """
-    asked = find_waiting(cohort, config)
-    verdict = settle(cohort, asked["model"], name, approve, config)
-    return promoted_or_refused(verdict, verdict) if approve else verdict
-
-
 def promoted_or_refused(verdict: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Return what a flow has found, unless its challenger is refused."""
     if verdict["outcome"] != "promoted":
@@ -217,18 +196,6 @@ def judge(cohort: str, challenger: str, approve: str | None, config: Overrides |
 
         judged = on_cluster(here, "promote", PromoteResult, challenger, cohort=cohort, approve=approve)
         return judged(resolved, progress)
-
-    return run_step(f"promote-{cohort}", config, step)
-
-
-@task(name="find-waiting", **ON_STORAGE)
-def find_waiting(cohort: str, config: Overrides | None) -> dict[str, Any]:
-    """Return the verdict that waits for a person."""
-
-    def step(resolved: Config, _progress: Progress) -> Result:
-        from memmc.pipeline.promote import find_waiting
-
-        return find_waiting(resolved, cohort)
 
     return run_step(f"promote-{cohort}", config, step)
 

@@ -29,7 +29,7 @@ from stack import USER, Stack  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-ALERTS = {f"memmc-alert-{name}" for name in ("alarm", "failed", "late", "silent")}
+ALERTS = {f"memmc-alert-{name}" for name in ("alarm", "failed", "late", "silent", "never-monitored")}
 
 
 def free_port():

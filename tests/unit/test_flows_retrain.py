@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flows import retrain, score
+from flows import approve, retrain, score
 from memmc.errors import GateRefused
 
 MODEL = "memmc-cxr/2"
@@ -30,13 +30,13 @@ def said(monkeypatch) -> list[Any]:
             found.append(("judge", model, approve)) or verdict("promoted" if approve else "waiting")
         ),
         "decline": lambda _cohort, model, name, _config: found.append(("decline", model, name)) or verdict("refused"),
-        "find_waiting": lambda *_: verdict("waiting"),
         "create_markdown_artifact": lambda *_args, **_named: None,
         "emit_event": lambda event, resource, payload: found.append((event, payload["model"])),
         "pause_flow_run": lambda **_: pytest.fail("a deployed run must not pause"),
     }
     for name, step in steps.items():
         monkeypatch.setattr(retrain, name, step)
+    monkeypatch.setattr(approve, "find_waiting", lambda *_: verdict("waiting"))
     return found
 
 
@@ -47,15 +47,15 @@ def test_a_deployed_run_tells_who_waits_and_ends(said):
 
 
 def test_a_person_answers_in_a_run_of_their_own(said):
-    assert retrain.approve_flow.fn("cxr", "Dr. Müller")["outcome"] == "promoted"
-    assert retrain.approve_flow.fn("cxr", "Dr. Müller", approve=False)["outcome"] == "refused"
+    assert approve.approve_flow.fn("cxr", "Dr. Müller")["outcome"] == "promoted"
+    assert approve.approve_flow.fn("cxr", "Dr. Müller", approve=False)["outcome"] == "refused"
     assert said == [("judge", MODEL, "Dr. Müller"), ("decline", MODEL, "Dr. Müller")]
 
 
 def test_a_yes_to_what_no_longer_passes_is_refused(said, monkeypatch):
     monkeypatch.setattr(retrain, "judge", lambda *_: verdict("refused"))
     with pytest.raises(GateRefused, match="it is refused"):
-        retrain.approve_flow.fn("cxr", "alice")
+        approve.approve_flow.fn("cxr", "alice")
 
 
 def test_a_site_without_a_label_is_told_so_and_nothing_fails(said, monkeypatch):
