@@ -157,3 +157,9 @@ def test_a_submitted_job_ends_well_and_leaves_the_verdict_to_its_flow(monkeypatc
         end("waiting", "for a person", as_json=True)
     monkeypatch.setenv("MEMMC_PROGRESS", "lines")
     end("waiting", "for a person", as_json=True)
+
+
+def test_the_dry_run_says_that_it_keeps_scores():
+    told = " ".join(CliRunner().invoke(app, ["promote", "--help"]).output.replace("│", " ").split())
+    assert "scores that it needs are kept" in told
+    assert "do nothing" not in told
