@@ -1,14 +1,16 @@
 """Which patches an encoder sees.
 
-Shape legend: B images, L patches, K kept (visible) patches, X values of a token.
+Shape legend: B images, L patches, K kept (visible) patches, G passes of a round, X values of a token.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from memmc.errors import ConfigError
+from memmc.errors import ConfigError, UsageError
 
 
 def num_kept(num_patches: int, mask_ratio: float) -> int:
@@ -23,6 +25,31 @@ def num_kept(num_patches: int, mask_ratio: float) -> int:
             f"mask ratio {mask_ratio} keeps {kept} of {num_patches} patches; some must be kept and some removed"
         )
     return kept
+
+
+def num_groups(num_patches: int, num_keep: int) -> int:
+    """Return the passes of one round: the least that show and hide every patch.
+
+    Raises:
+        UsageError: `num_keep` is not in 1 .. num_patches - 1.
+    """
+    if not 0 < num_keep < num_patches:
+        raise UsageError(f"{num_keep} visible patches of {num_patches}: expected 1 to {num_patches - 1}")
+    return max(-(-num_patches // num_keep), -(-num_patches // (num_patches - num_keep)))
+
+
+def ring_places(num_patches: int, num_keep: int) -> NDArray[np.int64]:
+    """Return which places of a permutation each pass of a round shows: (G, K), int64.
+
+    Pass g shows the K places that follow place floor(g L / G) on a ring: each is shown at least once and hidden at
+    least once.
+
+    Raises:
+        UsageError: no round exists for these sizes.
+    """
+    groups = num_groups(num_patches, num_keep)
+    starts_G = np.arange(groups) * num_patches // groups
+    return (starts_G[:, None] + np.arange(num_keep)) % num_patches
 
 
 def random_ids_keep(

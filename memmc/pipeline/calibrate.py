@@ -92,6 +92,8 @@ def calibrate_model(
     settings = config.calibrate
     strata = _strata(config, fitted.normal_scores_N, keys)
     identifier = uuid.uuid4().hex[:16]
+    judge = Judge.of(settings.false_positive_rate, settings.strata, strata)
+    study_minima = normal_study_minima(judge, fitted.normal_scores_N, keys.strata, keys.studies).tolist()
     row = {
         "calibration_id": identifier,
         "model": model.ref,
@@ -112,15 +114,10 @@ def calibrate_model(
         "passes": config.score.passes,
         "strata_columns": list(settings.strata),
         "strata": [stratum.as_row() for stratum in strata],
-        "study_p_values": normal_study_minima(
-            Judge.of(settings.false_positive_rate, settings.strata, strata),
-            fitted.normal_scores_N,
-            keys.strata,
-            keys.studies,
-        ).tolist(),
+        "study_p_values": study_minima,
         "early_stop": stop.as_row() if stop else None,
     }
-    unjudged = why_no_verdict(row["study_p_values"], settings.false_positive_rate)
+    unjudged = why_no_verdict(study_minima, settings.false_positive_rate)
     if unjudged:
         progress.message(f"images are judged, studies are not: {unjudged}")
     lake.append(CALIBRATIONS, pa.Table.from_pylist([row], schema=SCHEMAS[CALIBRATIONS]), f"calibrate-{identifier}")

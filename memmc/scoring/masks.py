@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from memmc.errors import UsageError
+from memmc.model.masking import num_groups, ring_places
 
 
 class MaskedAutoencoder(Protocol):
@@ -66,17 +67,6 @@ class Reconstruction:
         return Reconstruction(self.mean_BCHW * std + mean, self.variance_BCHW * std**2, self.count_BL)
 
 
-def num_groups(num_patches: int, num_keep: int) -> int:
-    """Return the passes of one round: the least that show and hide every patch.
-
-    Raises:
-        UsageError: `num_keep` is not in 1 .. num_patches - 1.
-    """
-    if not 0 < num_keep < num_patches:
-        raise UsageError(f"{num_keep} visible patches of {num_patches}: expected 1 to {num_patches - 1}")
-    return max(-(-num_patches // num_keep), -(-num_patches // (num_patches - num_keep)))
-
-
 def num_rounds(passes: int, num_patches: int, num_keep: int) -> int:
     """Return the whole rounds that make at least `passes` passes."""
     return max(1, -(-passes // num_groups(num_patches, num_keep)))
@@ -88,17 +78,6 @@ def round_seed(model_digest: str, sop_instance_uid: str, round_index: int) -> by
     An image is therefore masked the same way in whatever batch, order or worker it is scored.
     """
     return hashlib.sha256(f"{model_digest}\0{sop_instance_uid}\0{round_index}".encode()).digest()
-
-
-def ring_places(num_patches: int, num_keep: int) -> np.ndarray:
-    """Return which places of a permutation each pass of a round shows: (G, K), int64; see `complementary_groups`.
-
-    Raises:
-        UsageError: no round exists for these sizes.
-    """
-    groups = num_groups(num_patches, num_keep)
-    starts_G = np.arange(groups) * num_patches // groups
-    return (starts_G[:, None] + np.arange(num_keep)) % num_patches
 
 
 def complementary_groups(num_patches: int, num_keep: int, seeds: Sequence[bytes]) -> Tensor:

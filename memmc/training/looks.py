@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from memmc.model.mae import MemMCMAE
+from memmc.model.masking import ring_places
 from memmc.model.memory_usage import gate_means, has_gated_levels, levels_ablated, memory_ablated, memory_usage
-from memmc.scoring.masks import ring_places
 from memmc.training.peers import Sync
 
 PEAK_SHARE = 0.1

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from memmc.config import ModelConfig
 from memmc.errors import UsageError
 from memmc.model.mae import MemMCMAE
+from memmc.model.masking import num_groups
 from memmc.scoring.masks import (
     complementary_groups,
     mask_ids,
-    num_groups,
     num_rounds,
     predict,
     random_mask_ids,
