@@ -217,14 +217,18 @@ def is_transient(_task: Any, _run: Any, state: Any) -> bool:
 
 
 def overrides_of(config: Config) -> Overrides:
-    """Return the settings in which `config` differs from the defaults of its preset, as plain JSON values."""
-    baseline = Config.model_validate({"train": {"preset": config.train.preset}}).model_dump(mode="json")
+    """Return the settings in which `config` differs from the defaults of preset and scorer, as plain JSON values."""
+    chosen = {"train": {"preset": config.train.preset}, "score": {"scorer": config.score.scorer}}
+    baseline = Config.model_validate(chosen).model_dump(mode="json")
     tree = config.model_dump(mode="json")
     found = {
         section: {key: value for key, value in fields.items() if value != baseline[section][key]}
         for section, fields in tree.items()
     }
-    found["train"] |= {"preset": config.train.preset} if config.train.preset != Config().train.preset else {}
+    for section, fields in chosen.items():
+        found[section] |= {
+            key: value for key, value in fields.items() if value != getattr(getattr(Config(), section), key)
+        }
     return {section: fields for section, fields in found.items() if fields}
 
 

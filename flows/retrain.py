@@ -71,7 +71,6 @@ def retrain_flow(cohort: Cohort, approve: str | None = None, config: Overrides |
         challenger = found["trained"]["model"] if found["trained"] else plan["challenger"]
         found["verdict"] = judge(cohort, challenger, approve, config)
     show(cohort, found["verdict"])
-    keep_result(found)
     if found["verdict"]["outcome"] == "waiting":
         if not has_caller():
             tell(cohort, found["verdict"])
@@ -84,6 +83,7 @@ def retrain_flow(cohort: Cohort, approve: str | None = None, config: Overrides |
 def promoted_or_refused(verdict: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Return what a flow has found, unless its challenger is refused."""
     if verdict["outcome"] != "promoted":
+        keep_result(found)
         raise GateRefused(f"{verdict['model']} is not promoted: {verdict['reason']}")
     return found
 

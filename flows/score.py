@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from flows.calls import Overrides, call_flow, has_caller, run_step
@@ -73,6 +73,9 @@ def score_flow(
     create_markdown_artifact(as_markdown("Scored instances", scored), key=artifact_key("score", cohort))
     show_most_abnormal(cohort, scored["model"], began, config)
     show_tracked(cohort, scored["model"], config)
+    if scored["left"] and (evaluate or report):
+        evaluate = report = False
+        get_run_logger().warning("%d instances wait for operate.window: nothing is measured yet", scored["left"])
     if evaluate and (measured := evaluate_model(cohort, scored["model"], config)):
         create_markdown_artifact(as_markdown("Evaluation", measured), key=artifact_key("evaluate", cohort))
     if report:

@@ -66,7 +66,10 @@ def resolve(
         result = step(run.config, _lines(uids), key)
         run.finish(result, lambda: json.dumps(result.originals, indent=1, ensure_ascii=False))
     if result.missing:
-        print(f"memmc: {len(result.missing)} pseudonyms are not in the vault", file=sys.stderr)
+        absent, doubtful = len(result.missing) - len(result.ambiguous), len(result.ambiguous)
+        told = [f"{absent} pseudonyms are not in the vault"] if absent else []
+        told += [f"{doubtful} are there for other objects than the stored one, or for several"] if doubtful else []
+        print(f"memmc: {'; '.join(told)}", file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -8,6 +8,7 @@ has not changed for `SILENT_S` of the waiter's own clock, so that clocks need no
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 import uuid
@@ -21,6 +22,7 @@ REFRESH_S = 10.0
 SILENT_S = 90.0
 _LOOK_S = 0.2
 _FREE = b"free"
+_NUMBER = re.compile(r"[0-9]{12}")
 
 
 @contextlib.contextmanager
@@ -52,7 +54,8 @@ def locked(storage: Storage, folder: str) -> Generator[None]:
     finally:
         done.set()
         thread.join()
-        storage.write(name, _FREE)
+        with contextlib.suppress(StorageError):  # a lock that is not given back is followed when it falls silent
+            storage.write(name, _FREE)
 
 
 def _take(storage: Storage, folder: str, owner: str) -> str:
@@ -73,10 +76,15 @@ def _take(storage: Storage, folder: str, owner: str) -> str:
 
 def _last(storage: Storage, folder: str) -> tuple[str, bytes]:
     """Return name and content of the highest number's object, empty where there is none."""
-    while names := storage.list(folder):
+    while names := _numbers(storage, folder):
         with contextlib.suppress(AbsentError):  # a later holder has just removed it
             return names[-1], storage.read(names[-1])
     return "", b""
+
+
+def _numbers(storage: Storage, folder: str) -> list[str]:
+    """Return the holders' objects in order, and nothing else that lies there."""
+    return [name for name in storage.list(folder) if _NUMBER.fullmatch(name.rpartition("/")[2])]
 
 
 def _made(storage: Storage, name: str, data: bytes) -> bool:
@@ -90,7 +98,7 @@ def _made(storage: Storage, name: str, data: bytes) -> bool:
 
 def _only(storage: Storage, folder: str, name: str) -> bool:
     """Remove the objects of earlier holders; return False, and remove this one, where a later one is there."""
-    names = storage.list(folder)
+    names = _numbers(storage, folder)
     mine = names[-1] == name
     for other in names:
         if other < name or (other == name and not mine):

@@ -23,7 +23,15 @@ from memmc.pipeline.images import Images, image_batches, read_images, read_masks
 from memmc.pipeline.localise import drawn_masks, localise_boxes, localise_masks, not_placed, read_boxes
 from memmc.pipeline.models import OpenModel, fit_of
 from memmc.pipeline.progress import Progress
-from memmc.pipeline.select import newest_calibration, normals, one_preparation, score_rows, unmet, versions_read
+from memmc.pipeline.select import (
+    newest_calibration,
+    normals,
+    one_a_patient,
+    one_preparation,
+    score_rows,
+    unmet,
+    versions_read,
+)
 from memmc.scoring.calibration import observed_rate_interval
 from memmc.scoring.maps import decode_map
 from memmc.scoring.mean_image import FittedMeanImage
@@ -102,7 +110,7 @@ def assess(
         progress.message(f"{left_out} masks without a stored pixel, or of images not labelled abnormal, are left out")
     maps = read_maps(lake, cohort, model, calibration_id, list(mine)) if mine else []
     found = localise_masks(maps, list(mine.values()), calibration, config.evaluate.seed) if mine else None
-    judged = [row["p_value"] for row in rows if row["label"] == "normal"]
+    judged, confidence = one_a_patient([row for row in rows if row["label"] == "normal"]), config.evaluate.confidence
     return Assessment(
         rows,
         calibration,
@@ -112,9 +120,7 @@ def assess(
         None if found is None else replace(found, num_left_out=left_out),
         groups=subgroups(rows, **settings),
         sensitivities=sensitivities(labels, values, patients, _SPECIFICITIES, **settings),
-        rates=rate_points(
-            judged, _expected(calibration, len(judged), config.evaluate.confidence), config.evaluate.confidence
-        ),
+        rates=rate_points([row["p_value"] for row in judged], _expected(calibration, judged, confidence), confidence),
         boxes=localise_boxes(config, lake, model, cohort, calibration_id, uids, drawn) if drawn is not None else None,
         versions=versions,
     )
@@ -143,10 +149,13 @@ def _rates(calibration: dict[str, Any]) -> list[float]:
     return sorted(kept | {calibration["false_positive_rate"]})
 
 
-def _expected(calibration: dict[str, Any], num_new: int, confidence: float) -> dict[float, Interval]:
-    """Return by rate where the flagged share of so many new normals lies, if they are like the held-out ones."""
-    count = calibration["num_normals"]
-    return {rate: Interval(*observed_rate_interval(count, rate, num_new, confidence)) for rate in _rates(calibration)}
+def _expected(calibration: dict[str, Any], new: list[dict[str, Any]], confidence: float) -> dict[float, Interval]:
+    """Return by rate where the flagged share of new normals lies, if they are like the held-out ones, one a patient."""
+    judge, strata = judge_of(calibration), [row["stratum"] for row in new]
+    return {
+        rate: Interval(*observed_rate_interval(judge.fewest_normals(strata, rate), rate, len(new), confidence))
+        for rate in _rates(calibration)
+    }
 
 
 def read_maps(lake: Lake, cohort: str, model: OpenModel, calibration_id: str, uids: list[str]) -> list[Any]:

@@ -163,6 +163,7 @@ def as_result(row: dict[str, Any], num_patients: int) -> CalibrationResult:
         num_patients=num_patients,
         thresholds=[asdict(item) for item in pooled.thresholds],
         strata=[_summary(item) for item in own],
+        unjudged=why_no_verdict(row["study_p_values"], row["false_positive_rate"]),
     )
 
 

@@ -22,8 +22,9 @@ from memmc.pipeline.package import write_package
 from memmc.pipeline.progress import Progress
 from memmc.pipeline.quality import flags_of
 from memmc.pipeline.score import score_all
-from memmc.pipeline.select import met_patients, newest_calibration, score_rows, unmet
+from memmc.pipeline.select import met_patients, newest_calibration, one_a_patient, score_rows, unmet
 from memmc.scoring.calibration import observed_rate_interval
+from memmc.scoring.strata import judge_of
 
 if TYPE_CHECKING:
     from memmc.pipeline.probing import Judged
@@ -148,17 +149,10 @@ def _false_positives(config: Config, lake: Lake, case: Case, rows: Sequence[dict
     scores = score_rows(lake, case.cohort, case.challenger, calibration["calibration_id"])
     mine = [scores[row["sop_instance_uid"]] for row in one_a_patient(rows) if row["sop_instance_uid"] in scores]
     rate, confidence = calibration["false_positive_rate"], config.promote.confidence
-    promised = observed_rate_interval(calibration["num_normals"], rate, max(len(mine), 1), confidence)
+    fewest = judge_of(calibration).fewest_normals([row["stratum"] for row in mine], rate)
+    promised = observed_rate_interval(fewest, rate, max(len(mine), 1), confidence)
     flagged = sum(bool(row["is_abnormal"]) for row in mine)
     return gates.false_positive_gate(flagged, len(mine), promised, rate, config.promote)
-
-
-def one_a_patient(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the first row of each patient, in order; one without a patient stands for itself."""
-    first: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        first.setdefault(row["patient_key"] or row["sop_instance_uid"], row)
-    return list(first.values())
 
 
 def _probe(config: Config, lake: Lake, case: Case, rows: Sequence[dict[str, Any]], progress: Progress) -> list[Gate]:

@@ -12,6 +12,7 @@ from memmc.lake.tables import Lake
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.models import OpenModel, open_model
 from memmc.pipeline.progress import Progress, Silent
+from memmc.pipeline.quality import flags_of
 from memmc.pipeline.results import Result
 from memmc.pipeline.select import copies, met_patients, newest_calibration, scored_instances
 from memmc.scoring.studies import study_rows, why_no_verdict
@@ -98,10 +99,9 @@ def _unjudged(lake: Lake, model: OpenModel) -> str | None:
 
 def _known(lake: Lake, models: list[OpenModel], cohort: str) -> set[str]:
     """Return what a model may have learned from: patients, and studies that hold a copy of another patient's image."""
-    copied = copies(lake, cohort)
-    columns = ["sop_instance_uid", "study_uid"]
-    rows = lake.read("instances", columns, filter={"cohort": cohort, "outcome": "stored"}).to_pylist()
-    studies = {row["study_uid"] or row["sop_instance_uid"] for row in rows if row["sop_instance_uid"] in copied}
+    where = {"cohort": cohort, "outcome": "stored", "sop_instance_uid": tuple(copies(flags_of(lake, cohort)))}
+    rows = lake.read("instances", ["sop_instance_uid", "study_uid"], filter=where).to_pylist()
+    studies = {row["study_uid"] or row["sop_instance_uid"] for row in rows}
     return studies.union(*(met_patients(lake, model) for model in models))
 
 

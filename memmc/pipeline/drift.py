@@ -215,7 +215,8 @@ def _known_scores(
 
     Those of the normals that were calibrated on are the calibration's own, out of fold; the score rows of these
     normals are too good. All others have honest score rows, if they have any: without them the baseline would be
-    normals alone. The calibration does not say whose its scores are, so as many as it has patients are drawn.
+    normals alone. The calibration does not say whose its scores are, so of each stratum as large a share of its
+    patients' number is drawn as the baseline has drawn of them.
     """
     judge = judge_of(calibration)
     strata = [Stratum.from_row(item) for item in calibration["strata"] or ()]
@@ -233,9 +234,11 @@ def _known_scores(
             f"calibrated on have no score; run `memmc score --cohort {model.cohort}`"
         )
     rng = np.random.default_rng(seed)
+    sizes = [stratum.num_patients or stratum.num_normals for stratum in own]
+    share = sum((row["split"], row["label"]) == ("calibrate", "normal") for row in rows) / max(sum(sizes), 1)
     found, (flagged, total) = _by_stratum(others, scored, tuple(calibration["strata_columns"] or ()))
-    for stratum in own:
-        mine = rng.choice(stratum.normal_scores, stratum.num_patients or stratum.num_normals, replace=False)
+    for stratum, size in zip(own, sizes, strict=True):
+        mine = rng.choice(stratum.normal_scores, min(size, round(share * size)), replace=False)
         found[stratum.stratum] = np.concatenate([found.get(stratum.stratum, np.empty(0)), mine])
         flagged += int((mine > judge.threshold(stratum.stratum)).sum())
         total += len(mine)

@@ -55,6 +55,7 @@ class EraseResult(Result):
         models: registered models that learned from, or were calibrated on, the erased instances, and those of which
             that cannot be told because they cannot be read.
         record: the entry of the audit, which names no patient.
+        vault: why entries of the identity vault stay; empty where they go, or there is no vault.
     """
 
     erased: bool
@@ -66,6 +67,7 @@ class EraseResult(Result):
     reports: list[str]
     models: list[dict[str, str]]
     record: str
+    vault: str = ""
 
 
 def pseudonym_of(config: Config, kind: Kind, original: str, issuer: str = "") -> str:
@@ -159,6 +161,7 @@ def erase(
         reports=reports,
         models=models,
         record="" if dry_run else f"{RECORDS}/{run}.json",
+        vault=vault_stays,
     )
     if not dry_run:
         entry = {**result.as_dict(), "kind": kind, "at": datetime.now(UTC).isoformat(timespec="seconds")}

@@ -124,5 +124,12 @@ def open_model(config: Config, home: Path, reference: str | None, cohort: str | 
 
 
 def ancestors_of(tags: Mapping[str, str]) -> dict[str, int]:
-    """Return `OpenModel.ancestors` of a registered version; none where it began with random weights."""
-    return {str(cohort): int(version) for cohort, version in json.loads(tags.get(ANCESTORS_TAG, "{}")).items()}
+    """Return `OpenModel.ancestors` of a registered version; none where it began with random weights.
+
+    Raises:
+        ModelError: the tag is damaged.
+    """
+    try:
+        return {str(cohort): int(version) for cohort, version in json.loads(tags.get(ANCESTORS_TAG, "{}")).items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ModelError(f"the tag '{ANCESTORS_TAG}' of a model version is damaged; train it anew") from None

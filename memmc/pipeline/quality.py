@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -53,13 +53,16 @@ def flags_of(lake: Lake, cohort: str, version: int | None = None) -> dict[str, t
     return {uid: tuple(row["flags"]) for uid, row in newest.items() if row["flags"]}
 
 
-def kept_from_scores(lake: Lake, cohort: str) -> dict[str, str]:
+def kept_from_scores(lake: Lake, cohort: str, flagged: Mapping[str, tuple[str, ...]] | None = None) -> dict[str, str]:
     """Return SOP Instance UID -> first QC_* code of the instances of a cohort that get no score.
 
     Whether an image belongs to its cohort is a suspicion, which gives way to a label: somebody has looked at it. What
     shows in the image alone does not. A label never lets an image into training.
+
+    Args:
+        flagged: `flags_of` the cohort, where the caller has it.
     """
-    flagged = flags_of(lake, cohort)
+    flagged = flags_of(lake, cohort) if flagged is None else flagged
     where = {"cohort": cohort, "outcome": "stored", "label": ["normal", "abnormal"]}
     labelled: set[str] = set()
     if flagged:

@@ -70,6 +70,7 @@ class CalibrationResult(Result):
     Attributes:
         thresholds: per false-positive rate: rate, threshold, low and high of the true rate, or why it was refused.
         strata: the same per stratum, and why the pooled normals judge it where its own do not.
+        unjudged: why studies get no verdict, as images do; None where they do.
     """
 
     calibration_id: str
@@ -82,6 +83,7 @@ class CalibrationResult(Result):
     num_patients: int
     thresholds: list[dict[str, Any]] = field(default_factory=list)
     strata: list[dict[str, Any]] = field(default_factory=list)
+    unjudged: str | None = None
 
 
 @dataclass(frozen=True)

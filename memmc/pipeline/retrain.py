@@ -6,12 +6,13 @@ challenger that is trained and not judged is judged, not trained again, and one 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from memmc.config import Config
-from memmc.errors import DataError, TrainingError
+from memmc.errors import DataError, StorageError, TrainingError
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.tables import Lake
 from memmc.pipeline.decisions import Decision, read, record
@@ -194,7 +195,8 @@ def train_challenger(
     except TrainingError as error:
         facts = {"plan": plan.decision_id, "error": type(error).__name__}
         at = now or datetime.now(UTC)
-        record(config, lake, Decision(**fixed, outcome="failed", reason=str(error), facts=facts, decided_at=at))
+        with suppress(StorageError):  # the failure is what matters: a lake that does not answer would be tried again
+            record(config, lake, Decision(**fixed, outcome="failed", reason=str(error), facts=facts, decided_at=at))
         raise
     decision = Decision(
         **fixed,
@@ -247,7 +249,7 @@ def facts_of(
 ) -> Facts:
     """Return what the policy looks at."""
     decisions = read(lake, name=f"memmc-{cohort}")
-    undone = standing(lake, tracking, f"memmc-{cohort}", decisions, now)
+    undone = standing(lake, tracking, f"memmc-{cohort}", cohort, decisions, now)
     patients = _patients(lake, cohort)
     facts = Facts(
         promoted=undone.promoted,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -111,14 +111,23 @@ def met_patients(lake: Lake, model: OpenModel) -> set[str]:
 
     Whatever their images are called by now.
     """
-    shares = [(model.cohort, model.dataset_version, _MET_SPLITS)]
-    shares += [(cohort, version, ("train",)) for cohort, version in model.ancestors.items()]
+    line = model.learned_from
+    shares = [(model.cohort, line.pop(model.cohort), _MET_SPLITS)]
+    shares += [(cohort, version, ("train",)) for cohort, version in line.items()]
     shares += [(cohort, version, ("calibrate",)) for cohort, version in calibrated_on(lake, model)]
     return {
         patient
         for cohort, version, splits in shares
         for patient in ever_normal(lake, cohort, version, splits, ["patient_key"])["patient_key"].to_pylist()
     }
+
+
+def one_a_patient(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first row of each patient, in order; one without a patient stands for itself."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(row["patient_key"] or row["sop_instance_uid"], row)
+    return list(first.values())
 
 
 def calibrated_on(lake: Lake, model: OpenModel) -> list[tuple[str, int]]:
@@ -137,15 +146,13 @@ def ever_normal(lake: Lake, cohort: str, version: int, splits: Collection[str], 
     """
     where = expand(lake, INSTANCES, {"cohort": cohort, "outcome": "stored", "split": tuple(splits)}, labels=True)
     where.pop("label", None)
-    rows = lake.read(INSTANCES, list(dict.fromkeys([*columns, "cohort", "sop_instance_uid", "label"])), version, where)
-    said = set[tuple[str, str]]()
+    rows = lake.read(INSTANCES, list(dict.fromkeys([*columns, "sop_instance_uid", "label"])), version, where)
+    said = pa.array([], pa.string())
     if lake.exists(LABELS):
-        opinions = lake.read(
-            LABELS, ["cohort", "sop_instance_uid"], filter={"cohort": where["cohort"], "label": "normal"}
-        )
-        said = set(zip(opinions["cohort"].to_pylist(), opinions["sop_instance_uid"].to_pylist(), strict=True))
-    keys = zip(*(rows[name].to_pylist() for name in ("cohort", "sop_instance_uid", "label")), strict=True)
-    return rows.filter(pa.array([key[2] == "normal" or key[:2] in said for key in keys], pa.bool_())).select(columns)
+        opinions = lake.read(LABELS, ["sop_instance_uid"], filter={"cohort": where["cohort"], "label": "normal"})
+        said = opinions["sop_instance_uid"].combine_chunks()
+    by_hand = pc.field("sop_instance_uid").isin(said)
+    return rows.filter((pc.field("label") == "normal") | by_hand).select(columns)
 
 
 def unmet(lake: Lake, model: OpenModel, cohort: str) -> list[dict[str, Any]]:
@@ -161,7 +168,8 @@ def unmet(lake: Lake, model: OpenModel, cohort: str) -> list[dict[str, Any]]:
     columns += ["preprocess_id", "height", "width", "channels", "bits"]
     stored = lake.instances_with_labels(columns, None, {"cohort": cohort, "outcome": "stored"}).to_pylist()
     met = met_patients(lake, model)
-    left_out = kept_from_scores(lake, cohort).keys() | copies(lake, cohort)
+    flagged = flags_of(lake, cohort)
+    left_out = kept_from_scores(lake, cohort, flagged).keys() | copies(flagged)
     known = [row for row in stored if row["label"] != "unknown" and row["sop_instance_uid"] not in left_out]
     rows = [row for row in known if row["patient_key"] not in met]
     found = {label: sum(row["label"] == label for row in rows) for label in ("normal", "abnormal")}
@@ -173,9 +181,9 @@ def unmet(lake: Lake, model: OpenModel, cohort: str) -> list[dict[str, Any]]:
     return rows
 
 
-def copies(lake: Lake, cohort: str) -> set[str]:
-    """Return the SOP Instance UIDs of images that another patient of the cohort had before, by their pixels."""
-    return {uid for uid, flags in flags_of(lake, cohort).items() if DUPLICATE in flags}
+def copies(flagged: Mapping[str, Collection[str]]) -> set[str]:
+    """Return, of flags by SOP Instance UID, the images that another patient of the cohort had before."""
+    return {uid for uid, flags in flagged.items() if DUPLICATE in flags}
 
 
 def versions_read(lake: Lake) -> dict[str, int]:

@@ -33,11 +33,14 @@ class Standing:
     trained_at: datetime | None = None
 
 
-def standing(lake: Lake, tracking: Tracking, name: str, decisions: Sequence[Decision], now: datetime) -> Standing:
+def standing(
+    lake: Lake, tracking: Tracking, name: str, cohort: str, decisions: Sequence[Decision], now: datetime
+) -> Standing:
     """Look what is left undone about a name.
 
     Args:
         name: registered model.
+        cohort: whose images a verdict that waits was measured on; one on others is no answer here.
         decisions: on it, newest first.
         now: a version that was registered later does not count as a training.
 
@@ -59,7 +62,7 @@ def standing(lake: Lake, tracking: Tracking, name: str, decisions: Sequence[Deci
     return Standing(
         promoted=cut_short.model if cut_short else None,
         pending=found if found in there else None,
-        waiting=_waiting(decisions, versions),
+        waiting=_waiting(decisions, versions, cohort),
         trained_at=max(ended, default=None),
     )
 
@@ -125,10 +128,10 @@ def _unjudged(decisions: Sequence[Decision], version: ModelVersion, registered: 
     return None if any(item.decided_at > registered for item in verdicts) else version.ref
 
 
-def _waiting(decisions: Sequence[Decision], versions: Sequence[ModelVersion]) -> str | None:
+def _waiting(decisions: Sequence[Decision], versions: Sequence[ModelVersion], cohort: str) -> str | None:
     """Return the model of the newest verdict if that waits, no training has ended since and it is no champion yet."""
     found = next((item for item in decisions if item.action in _VERDICTS or item.outcome == "trained"), None)
-    if found is None or found.outcome != "waiting":
+    if found is None or found.outcome != "waiting" or found.cohort != cohort:
         return None
     open_to_it = {version.ref for version in versions if CHAMPION not in version.aliases}
     return found.model if found.model in open_to_it else None

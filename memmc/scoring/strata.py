@@ -9,7 +9,7 @@ hold, and the reason is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -153,6 +153,13 @@ class Judge:
     def threshold(self, stratum: str = POOLED) -> float:
         """Return the score above which an image of the stratum is abnormal."""
         return threshold_at(self.strata.get(stratum, self.strata[POOLED]).normal_scores, self.rate)
+
+    def fewest_normals(self, names: Iterable[str | None], rate: float) -> int:
+        """Return how many normals the weakest threshold of the named strata rests on, of those that carry the rate."""
+        pooled = self.strata[POOLED]
+        counts = [len(self.strata.get(name or POOLED, pooled).normal_scores) for name in set(names)]
+        able = [count for count in counts if smallest_rate(count) <= rate + 1e-12]
+        return min(able, default=len(pooled.normal_scores))
 
     def at(self, rate: float) -> Judge:
         """Return the judge at another rate; strata whose own normals cannot carry it are judged by the pooled ones.

@@ -36,6 +36,8 @@ from memmc.pipeline.progress import Silent
         ["train.preset=small"],
         ["train.preset=small", "model.encoder_dim=192", "model.memory_slots=16"],
         ["train.preset=base", "score.scorer=gms", "deid.key_file=/keys/key", "train.base_lr=0.00037"],
+        ["score.scorer=pasted_ms_ssim"],
+        ["score.scorer=pasted_ms_ssim", "score.passes=4"],
         ["model.norm_pix_loss=true", "split.train=0.66", "split.calibrate=0.17", "split.test=0.17"],
     ],
 )

@@ -9,9 +9,10 @@ from memmc.evaluation.gates import Gate
 from memmc.lake.tables import Lake
 from memmc.model.artifact import load_model
 from memmc.pipeline import challenge, probing
-from memmc.pipeline.challenge import Case, measure, one_a_patient
+from memmc.pipeline.challenge import Case, measure
 from memmc.pipeline.progress import Silent
 from memmc.pipeline.promote import verdict
+from memmc.pipeline.select import one_a_patient
 from memmc.scoring.scorer import make_scorer
 from memmc.scoring.strata import Judge
 

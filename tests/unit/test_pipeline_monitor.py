@@ -306,15 +306,19 @@ def test_a_baseline_of_normals_alone_is_compared_with_no_scores(site):
     assert "run `memmc score --cohort cxr`" in bare.left_out[0]
 
 
-def test_a_patient_with_many_calibration_images_counts_once(site):
+def test_a_patient_with_many_calibration_images_counts_once_and_only_as_often_as_drawn(site):
     config, folder = site
     lake, model = Lake(config.lake.uri), open_model(config, home_directory(), folder)
     (row,) = calibrations(lake, model)
     assert row["strata"][0]["num_patients"] == 60
     fewer = [{**stratum, "num_patients": stratum["num_patients"] // 2} for stratum in row["strata"]]
-    rows = lake.instances_with_labels(["sop_instance_uid", "split", "label", "manufacturer"], None, {"split": "test"})
-    (scores, flagged), why = _known_scores(lake, model, {**row, "strata": fewer}, rows.to_pylist(), 0)
-    assert why is None
-    assert (
-        flagged[1] == sum(len(values) for values in scores.values()) == 60 + sum(s["num_patients"] for s in fewer[1:])
-    )
+    columns = ["sop_instance_uid", "split", "label", "manufacturer"]
+    others = lake.instances_with_labels(columns, None, {"split": "test"}).to_pylist()
+    normals = lake.instances_with_labels(columns, None, {"split": "calibrate", "label": "normal"}).to_pylist()
+    sizes = [stratum["num_patients"] for stratum in fewer[1:] or fewer]
+    for drawn in (sum(sizes), sum(sizes) // 2):
+        rows = [*others, *normals[:drawn]]
+        (scores, flagged), why = _known_scores(lake, model, {**row, "strata": fewer}, rows, 0)
+        assert why is None
+        expected = 60 + sum(round(drawn / sum(sizes) * size) for size in sizes)
+        assert flagged[1] == sum(len(values) for values in scores.values()) == expected

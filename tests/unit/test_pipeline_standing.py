@@ -77,7 +77,7 @@ def kept(config: Config, cohort: str, outcome: str, model: str | None, **fields:
 
 def undone(config: Config, tracking: Tracking, cohort: str) -> Standing:
     lake, name = Lake(config.lake.uri), f"memmc-{cohort}"
-    return standing(lake, tracking, name, read(lake, name=name), datetime.now(UTC))
+    return standing(lake, tracking, name, cohort, read(lake, name=name), datetime.now(UTC))
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -143,6 +143,15 @@ def test_a_challenger_that_waits_is_asked_about_again_after_a_restart(config, tr
     assert (plan.outcome, plan.challenger, plan.decision_id) == ("waiting", version.ref, None)
     kept(config, cohort, "refused", version.ref, approver="alice")
     assert plan_retrain(config, cohort, dry_run=True).outcome == "wait"
+
+
+def test_a_verdict_on_the_images_of_another_cohort_is_not_waited_for_here(config, tracking, tmp_path):
+    version = registered(tracking, tmp_path, "own", 1)
+    found = Decision("frozen", "promote", "waiting", "why", version.name, version.ref, facts={"gates": [GATE]})
+    record(config, Lake(config.lake.uri), found)
+    assert undone(config, tracking, "own").waiting is None
+    kept(config, "own", "waiting", version.ref)
+    assert undone(config, tracking, "own").waiting == version.ref
 
 
 def test_a_training_that_failed_for_good_counts_for_the_cooldown_and_one_cut_short_does_not(config, monkeypatch):

@@ -104,3 +104,5 @@ def test_at_a_smaller_rate_strata_that_cannot_carry_it_are_judged_by_all_normals
     assert stricter.judge([19.5, 139.5], ["few", "many"]).is_abnormal_B.tolist() == [False, True]
     with pytest.raises(GateRefused):
         judge.at(0.001)
+    assert [judge.fewest_normals(["few", "many", None], rate) for rate in (0.1, 0.01)] == [20, 120]
+    assert judge.fewest_normals(["never seen"], 0.1) == judge.fewest_normals([], 0.1) == 140
