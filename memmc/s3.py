@@ -7,7 +7,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from memmc.errors import StorageError
@@ -123,7 +123,12 @@ def call(request: Callable[[Any], Any]) -> Any:
 
 
 def read_body(answer: Mapping[str, Any]) -> bytes:
-    """Return the body of an answer to `get_object`; one that drips is given up, however steadily it does.
+    """Return the body of an answer to `get_object`; see `read_chunks`."""
+    return b"".join(read_chunks(answer))
+
+
+def read_chunks(answer: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the body of an answer to `get_object` as it comes; one that drips is given up, however steadily it does.
 
     It may take `READ_TIMEOUT_S`, and more by its size at `LEAST_RATE`.
 
@@ -135,7 +140,7 @@ def read_body(answer: Mapping[str, Any]) -> bytes:
     size = answer.get("ContentLength")
     deadline = time.monotonic() + READ_TIMEOUT_S + (size or 0) / LEAST_RATE
     with answer["Body"] as stream:
-        return b"".join(StreamingBody(_Arriving(stream, deadline), size).iter_chunks(_CHUNK_BYTES))
+        yield from StreamingBody(_Arriving(stream, deadline), size).iter_chunks(_CHUNK_BYTES)
 
 
 class _Arriving:

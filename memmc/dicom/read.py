@@ -31,6 +31,7 @@ __all__ = [
     "decimal",
     "integer",
     "read_instance",
+    "refused_by_head",
     "sequence",
     "silenced",
     "text",
@@ -177,6 +178,18 @@ def read_instance(data: bytes | bytearray | memoryview, max_decoded_bytes: int =
     if bare and "SOPClassUID" not in dataset:
         raise Rejected("FILE_NOT_DICOM")
     return Instance(dataset, syntax, encoding.little, buffer, layout.pixels, layout.float_pixels)
+
+
+def refused_by_head(head: bytes) -> str | None:
+    """Return the code that `read_instance` has for whatever begins so; None where it takes more than the head."""
+    buffer = memoryview(head)
+    try:
+        start = _data_start(buffer)
+        if not _is_file_meta(buffer, start):
+            _guess_bare_syntax(buffer, start)
+    except Rejected as rejection:
+        return rejection.reason
+    return None
 
 
 @functools.cache

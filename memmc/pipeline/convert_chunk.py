@@ -10,9 +10,11 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -23,6 +25,7 @@ import pyarrow as pa
 from memmc.config import SplitConfig
 from memmc.dicom.convert import Converted, ConvertPolicy, rejected
 from memmc.dicom.deidentify import content_key, frame_uid, object_key, seal_path
+from memmc.dicom.read import refused_by_head
 from memmc.dicom.reasons import OVERLOADED
 from memmc.dicom.sandbox import Sandbox
 from memmc.errors import StorageError
@@ -32,7 +35,16 @@ from memmc.lake.splits import split_of
 from memmc.lake.storage import Storage
 from memmc.pipeline.labels import StatedLabels
 from memmc.pipeline.vault import write_entries
-from memmc.sources.objects import STORE_AUTH, STORE_TIMEOUT, STORE_TLS, FetchFailed, Source, SourceObject
+from memmc.sources.objects import (
+    LARGE_BYTES,
+    STORE_AUTH,
+    STORE_TIMEOUT,
+    STORE_TLS,
+    Data,
+    FetchFailed,
+    Source,
+    SourceObject,
+)
 
 # What the driver needs of every row to settle duplicates and to balance the account.
 ACCOUNT = ("object_key", "outcome", "split", "reason", "sop_instance_uid", "content_key", "frame_number")
@@ -40,6 +52,9 @@ ACCOUNT = ("object_key", "outcome", "split", "reason", "sop_instance_uid", "cont
 # So many objects of a task in a row, and the source itself has failed. A refusal costs no time and may be meant for the
 # objects of one study; each silence lasts a minute or more.
 _MOST_IN_A_ROW = {STORE_AUTH: 10, STORE_TIMEOUT: 3, STORE_TLS: 3}
+
+MOST_HELD_BYTES = 256 << 20  # of pixels that a task keeps until it writes them: frames of long objects add up
+_ONE_LARGE = threading.Lock()  # of a process's tasks, so many hold an object of more than LARGE_BYTES at a time
 
 
 @dataclass(frozen=True)
@@ -93,14 +108,27 @@ def sandbox_for(policy: ConvertPolicy) -> Sandbox:
 def convert_objects(
     job: IngestJob, objects: Iterable[SourceObject], sandbox: Sandbox | None = None
 ) -> list[WrittenShard]:
-    """Convert `objects` and write one shard per partition that occurs among them.
+    """Convert `objects` and write one shard per partition that occurs among them; more, where their frames are many.
 
     Args:
         sandbox: of the job's policy; this process's own when absent.
     """
+    written: list[WrittenShard] = []
     partitions: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows_of(job, objects, sandbox):
-        partitions[row["outcome"], row["split"]].append(row)
+    held = 0
+    with closing(rows_of(job, objects, sandbox)) as rows:
+        for row in rows:
+            partitions[row["outcome"], row["split"]].append(row)
+            held += len(row["pixels"] or b"")
+            if held >= MOST_HELD_BYTES:
+                written += _written(job, partitions)
+                partitions.clear()
+                held = 0
+    return written + _written(job, partitions)
+
+
+def _written(job: IngestJob, partitions: Mapping[tuple[str, str], list[dict[str, Any]]]) -> list[WrittenShard]:
+    """Write the originals of rows, then the rows, one shard per partition."""
     if job.vault is not None and job.policy.vault_key is not None:
         kept = [row for rows in partitions.values() for row in rows if row["content_key"] not in job.erased]
         write_entries(job.vault, job.policy.vault_key, kept)
@@ -109,7 +137,7 @@ def convert_objects(
 
 def rows_of(
     job: IngestJob, objects: Iterable[SourceObject], sandbox: Sandbox | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
     """Yield the rows of the `instances` table in order: one per object, or one per frame (`select.frames` each).
 
     Raises:
@@ -117,17 +145,19 @@ def rows_of(
     """
     sandbox = sandbox or sandbox_for(job.policy)
     in_a_row = 0
-    for fetched in _fetched(job, objects):
-        converted = rejected(fetched.reason) if fetched.data is None else sandbox.convert(fetched.data)
-        row = _row(job, fetched, converted)
-        if row["object_key"] not in job.failed_before:
-            in_a_row = in_a_row + 1 if fetched.reason in _MOST_IN_A_ROW else 0
-            if in_a_row and in_a_row >= _MOST_IN_A_ROW[fetched.reason]:
-                raise StorageError(
-                    f"the source does not give its objects, {in_a_row} in a row ({fetched.reason}); check its address "
-                    "and credentials, then run ingest again: nothing was committed"
-                )
-        yield from [row] if converted.frames == 1 else _frame_rows(job, row, converted)
+    with closing(_fetched(job, objects)) as all_fetched:
+        for fetched in all_fetched:
+            converted = rejected(fetched.reason) if fetched.data is None else sandbox.convert(fetched.data)
+            row, reason = _row(job, fetched, converted), fetched.reason
+            del fetched  # the next object is not to lie beside this one
+            if row["object_key"] not in job.failed_before:
+                in_a_row = in_a_row + 1 if reason in _MOST_IN_A_ROW else 0
+                if in_a_row and in_a_row >= _MOST_IN_A_ROW[reason]:
+                    raise StorageError(
+                        f"the source does not give its objects, {in_a_row} in a row ({reason}); check its address "
+                        "and credentials, then run ingest again: nothing was committed"
+                    )
+            yield from [row] if converted.frames == 1 else _frame_rows(job, row, converted)
 
 
 @dataclass(frozen=True)
@@ -140,27 +170,31 @@ class _Fetched:
 
     item: SourceObject
     version: str
-    data: bytes | None = field(default=None, repr=False)
+    data: Data | None = field(default=None, repr=False)
     content: str = ""
     reason: str = ""
 
 
-def _fetched(job: IngestJob, objects: Iterable[SourceObject]) -> Iterator[_Fetched]:
-    """Yield the objects in order; while the caller converts one, the next is fetched and hashed."""
+def _fetched(job: IngestJob, objects: Iterable[SourceObject]) -> Generator[_Fetched]:
+    """Yield the objects in order; while the caller converts one, the next is fetched and hashed, if it is not large."""
     with ThreadPoolExecutor(1) as pool:
         ahead: Future[_Fetched] | None = None
         for item in objects:
-            following = pool.submit(_fetch, job, item)
+            large = item.size > LARGE_BYTES
+            following = None if large else pool.submit(_fetch, job, item)
             if ahead is not None:
                 yield ahead.result()
             ahead = following
+            if large:
+                with _ONE_LARGE:
+                    yield _fetch(job, item)
         if ahead is not None:
             yield ahead.result()
 
 
 def _fetch(job: IngestJob, item: SourceObject) -> _Fetched:
     try:
-        data = job.source.fetch(item, job.policy.ingest.max_file_bytes)
+        data = job.source.fetch(item, job.policy.ingest.max_file_bytes, refused_by_head)
     except FetchFailed as failure:
         passing = failure.retriable and not item.problem
         version = _failed_version(item, failure.reason) if passing else item.modified

@@ -33,8 +33,12 @@ from memmc.sources.objects import (
     FILE_SYMLINK,
     FILE_TOO_LARGE,
     FILE_UNREADABLE,
+    Data,
     FetchFailed,
+    Refuse,
     SourceObject,
+    check_head,
+    refuse_nothing,
 )
 
 READ_STEP_BYTES = 1 << 20
@@ -104,13 +108,16 @@ def list_members(path: bytes, settings: SourceConfig, prefix: str = "") -> Itera
         yield SourceObject(prefix + (_text(info.filename) or "?"), uri, info.file_size, modified, problem)
 
 
-def fetch_member(obj: SourceObject, max_bytes: int, max_members: int) -> bytes:
+def fetch_member(
+    obj: SourceObject, max_bytes: int, max_members: int, refuse: Refuse = refuse_nothing
+) -> Data:
     """Return a member's bytes, whose CRC was checked.
 
     Args:
         obj: what `list_members` gave.
         max_bytes: larger members are refused before they are read.
         max_members: as for the listing.
+        refuse: is asked about a large member's head before the rest is inflated.
 
     Raises:
         FetchFailed: with a reason code.
@@ -125,19 +132,21 @@ def fetch_member(obj: SourceObject, max_bytes: int, max_members: int) -> bytes:
         info = members.get(int(offset))
         if info is None or (info.file_size, f"{info.CRC:08x}") != (obj.size, obj.modified.partition(" ")[0]):
             raise FetchFailed(FILE_CHANGED_DURING_READ)
-        return _inflated(archive, info)
+        return _inflated(archive, info, refuse)
     except FileNotFoundError:
         raise FetchFailed(FILE_CHANGED_DURING_READ) from None
     except OSError:
         raise FetchFailed(FILE_UNREADABLE) from None
 
 
-def _inflated(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+def _inflated(archive: zipfile.ZipFile, info: zipfile.ZipInfo, refuse: Refuse) -> bytearray:
     data = bytearray()
     try:
         with archive.open(info) as member:
             while chunk := member.read(min(READ_STEP_BYTES, info.file_size + 1 - len(data))):
                 data += chunk
+                if len(data) == len(chunk):
+                    check_head(data, info.file_size, refuse)
                 if len(data) > info.file_size:
                     raise FetchFailed(FILE_ARCHIVE_DAMAGED)
     # What zipfile and its decompressors raise on damaged members: a wrong CRC or header, a cut stream.
@@ -145,7 +154,7 @@ def _inflated(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         raise FetchFailed(FILE_ARCHIVE_DAMAGED) from None
     if len(data) != info.file_size:
         raise FetchFailed(FILE_ARCHIVE_DAMAGED)
-    return bytes(data)
+    return data
 
 
 @functools.lru_cache(maxsize=1)

@@ -18,11 +18,14 @@ from memmc.sources.objects import (
     FILE_PATH_ESCAPE,
     FILE_UNREADABLE,
     Cursor,
+    Data,
     FetchFailed,
     IsNew,
     Listed,
     Listing,
+    Refuse,
     SourceObject,
+    refuse_nothing,
     unheard,
 )
 
@@ -79,7 +82,7 @@ class DicomWebSource:
         objects = [obj for found in studies.values() for obj in found if obj.path not in pending]
         return Listing(objects, pending=len(pending))
 
-    def fetch(self, obj: SourceObject, max_bytes: int) -> bytes:
+    def fetch(self, obj: SourceObject, max_bytes: int, refuse: Refuse = refuse_nothing) -> Data:
         """Return an instance's file; see `Source.fetch`."""
         if obj.problem is not None:
             raise FetchFailed(obj.problem)
@@ -163,7 +166,7 @@ class DicomWebSource:
         return f"{self.url}/studies/{study}/series/{series}/instances/{instance}"
 
 
-def only_part(body: bytes, content_type: str) -> bytes:
+def only_part(body: bytes | bytearray, content_type: str) -> Data:
     """Return the content of a multipart body's one part (RFC 2046 5.1.1).
 
     Raises:
@@ -178,7 +181,7 @@ def only_part(body: bytes, content_type: str) -> bytes:
     head = body.find(b"\r\n\r\n", begin)
     if begin < 0 or not begin < head < end or body.find(b"\r\n" + delimiter, head + 2, end + 2) >= 0:
         raise FetchFailed(FILE_UNREADABLE)
-    return body[head + 4 : end]
+    return memoryview(body)[head + 4 : end]
 
 
 def _value(match: Match, tag: str) -> str | None:

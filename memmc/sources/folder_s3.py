@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urlsplit
+
+import numpy as np
 
 from memmc import s3
 from memmc.errors import StorageError, UsageError
@@ -24,13 +26,18 @@ from memmc.sources.objects import (
     FILE_SYMLINK,
     FILE_TOO_LARGE,
     FILE_UNREADABLE,
+    HEAD_BYTES,
     STORE_AUTH,
     STORE_TIMEOUT,
+    Data,
     FetchFailed,
+    Refuse,
     SourceObject,
+    check_head,
+    refuse_nothing,
 )
 
-READ_CHUNK_BYTES = 64 << 20  # one read and no copy for any radiograph
+READ_CHUNK_BYTES = 64 << 20
 S3_PAGE_KEYS = 1000
 
 
@@ -53,13 +60,14 @@ def list_objects(source_uri: str) -> Iterator[SourceObject]:
     return iter([_local_object(root, single, os.lstat(os.path.join(root, single)))])  # noqa: PTH118 - bytes path
 
 
-def fetch(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
+def fetch(source_uri: str, obj: SourceObject, max_bytes: int, refuse: Refuse = refuse_nothing) -> Data:
     """Return an object's bytes, all of them from the version that was listed.
 
     Args:
         source_uri: the source that listed the object.
         obj: what to fetch.
         max_bytes: larger objects are refused before they are read.
+        refuse: is asked about a large object's head before the rest is read.
 
     Raises:
         FetchFailed: with a reason code.
@@ -69,8 +77,13 @@ def fetch(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
     if obj.size > max_bytes:
         raise FetchFailed(FILE_TOO_LARGE)
     if obj.uri.startswith("s3://"):
-        return _fetch_s3(source_uri, obj, max_bytes)
-    return _fetch_local(source_uri, obj, max_bytes)
+        return _fetch_s3(source_uri, obj, max_bytes, refuse)
+    return _fetch_local(source_uri, obj, max_bytes, refuse)
+
+
+def _buffer(size: int) -> memoryview:
+    """Return room for an object: nothing is joined or copied, and its pages are made as they are filled."""
+    return memoryview(np.empty(size, np.uint8))
 
 
 # --- local files; paths are bytes, since a file name need not be text -----------------------------------------
@@ -146,7 +159,7 @@ def _file_uri(path: bytes) -> str:
     return "file://" + quote(path)
 
 
-def _fetch_local(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
+def _fetch_local(source_uri: str, obj: SourceObject, max_bytes: int, refuse: Refuse) -> Data:
     try:
         root, _ = local_root(source_uri)
     except UsageError:
@@ -164,7 +177,7 @@ def _fetch_local(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
                 raise FetchFailed(FILE_NOT_REGULAR)
             if (before.st_size, str(before.st_mtime_ns)) != (obj.size, obj.modified):
                 raise FetchFailed(FILE_CHANGED_DURING_READ)
-            data = _read_at_most(descriptor, min(before.st_size, max_bytes))
+            data = _read_at_most(descriptor, min(before.st_size, max_bytes), refuse)
             after = os.fstat(descriptor)
     except FileNotFoundError:
         raise FetchFailed(FILE_CHANGED_DURING_READ) from None
@@ -202,17 +215,16 @@ def _open_part(part: bytes, flags: int, folder: int) -> int:
     return os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=folder)
 
 
-def _read_at_most(descriptor: int, size: int) -> bytes:
+def _read_at_most(descriptor: int, size: int, refuse: Refuse) -> memoryview:
     """Read up to `size` bytes; a byte more would be a file that grew, which the caller sees by its size."""
-    chunks: list[bytes] = []
-    left = size
-    while left > 0:
-        chunk = os.read(descriptor, min(left, READ_CHUNK_BYTES))
-        if not chunk:
+    check_head(os.pread(descriptor, HEAD_BYTES, 0), size, refuse)
+    buffer, done = _buffer(size), 0
+    while done < size:
+        count = os.readv(descriptor, [buffer[done : done + READ_CHUNK_BYTES]])
+        if not count:
             break
-        chunks.append(chunk)
-        left -= len(chunk)
-    return b"".join(chunks)
+        done += count
+    return buffer[:done]
 
 
 # --- S3 -----------------------------------------------------------------------------------------------------------
@@ -256,19 +268,19 @@ def _page(bucket: str, prefix: str, more: dict[str, Any]) -> dict[str, Any]:
         raise StorageError(f"the S3 source cannot be listed: {error}") from None
 
 
-def _fetch_s3(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
+def _fetch_s3(source_uri: str, obj: SourceObject, max_bytes: int, refuse: Refuse) -> Data:
     bucket, key = _bucket_and_key(obj.uri)
     root_bucket, root = _bucket_and_key(source_uri)
     under = key == root or not root or key.startswith(root if root.endswith("/") else f"{root}/")
     if bucket != root_bucket or not under:
         raise FetchFailed(FILE_PATH_ESCAPE)
 
-    def request(client: Any) -> bytes:
+    def request(client: Any) -> memoryview:
         answer = client.get_object(Bucket=bucket, Key=key, IfMatch=obj.modified)
         if answer["ContentLength"] > max_bytes:
             answer["Body"].close()
             raise FetchFailed(FILE_TOO_LARGE)
-        return s3.read_body(answer)
+        return _gathered(s3.read_chunks(answer), answer["ContentLength"], refuse)
 
     try:
         data = s3.call(request)
@@ -277,6 +289,17 @@ def _fetch_s3(source_uri: str, obj: SourceObject, max_bytes: int) -> bytes:
     if len(data) != obj.size:
         raise FetchFailed(FILE_CHANGED_DURING_READ)
     return data
+
+
+def _gathered(chunks: Iterable[bytes], size: int, refuse: Refuse) -> memoryview:
+    """Put the chunks of a body, which has its declared size, behind one another."""
+    buffer, done = _buffer(size), 0
+    for chunk in chunks:
+        before, done = done, done + len(chunk)
+        buffer[before:done] = chunk
+        if before < HEAD_BYTES <= done:
+            check_head(buffer, size, refuse)
+    return buffer[:done]
 
 
 def _reason(error: StorageError) -> str:

@@ -28,11 +28,15 @@ from memmc.sources.objects import (
     FILE_CHANGED_DURING_READ,
     FILE_TOO_LARGE,
     FILE_UNREADABLE,
+    LARGE_BYTES,
     STORE_AUTH,
     STORE_TIMEOUT,
     STORE_TLS,
     FetchFailed,
     Listed,
+    Refuse,
+    check_head,
+    refuse_nothing,
     unheard,
 )
 
@@ -84,7 +88,7 @@ class Access:
 class Answer:
     """A body, and what kind it is."""
 
-    body: bytes = field(repr=False)
+    body: bytes | bytearray = field(repr=False)
     content_type: str
 
 
@@ -123,12 +127,19 @@ def server_url(uri: str) -> tuple[str, str]:
 
 
 def get(
-    access: Access, url: str, *, max_bytes: int, accept: str = "*/*", params: Mapping[str, str | int] | None = None
+    access: Access,
+    url: str,
+    *,
+    max_bytes: int,
+    accept: str = "*/*",
+    params: Mapping[str, str | int] | None = None,
+    refuse: Refuse = refuse_nothing,
 ) -> Answer:
     """Return the body of an answer, whole.
 
     Args:
         max_bytes: a longer body is given up.
+        refuse: is asked about the head of a body that turns out to be large.
 
     Raises:
         FetchFailed: STORE_AUTH (401, 403, redirects), STORE_TLS (its certificate), STORE_TIMEOUT (unreachable, silent,
@@ -138,7 +149,7 @@ def get(
     reason = STORE_TIMEOUT
     for delay in (*RETRY_DELAYS_S, None):
         try:
-            return _get_once(access, url, max_bytes, accept, params or {})
+            return _get_once(access, url, max_bytes, accept, params or {}, refuse)
         except _PassingError as error:
             reason = error.reason
         if delay:
@@ -163,7 +174,7 @@ def ask(
 
 def ask_bytes(
     access: Access, url: str, params: Mapping[str, str | int] | None = None, accept: str = "*/*"
-) -> bytes | None:
+) -> bytes | bytearray | None:
     """Return an answer's body, or None where there is nothing.
 
     Raises:
@@ -210,23 +221,25 @@ _LISTING = {
 }
 
 
-def _get_once(access: Access, url: str, max_bytes: int, accept: str, params: Mapping[str, str | int]) -> Answer:
+def _get_once(
+    access: Access, url: str, max_bytes: int, accept: str, params: Mapping[str, str | int], refuse: Refuse
+) -> Answer:
     deadline = time.monotonic() + access.answer_seconds
-    chunks: list[bytes] = []
-    size = 0
+    body = bytearray()
     try:
         with _client(os.getpid(), access).stream("GET", url, params=dict(params), headers={"Accept": accept}) as answer:
             if answer.status_code == 204:
                 return Answer(b"", "")
             _check_status(answer.status_code)
             for chunk in answer.iter_bytes():
-                size += len(chunk)
-                if size > max_bytes:
+                body += chunk
+                if len(body) > max_bytes:
                     raise FetchFailed(FILE_TOO_LARGE)
                 if time.monotonic() > deadline:
                     raise _PassingError(STORE_TIMEOUT)
-                chunks.append(chunk)
-            return Answer(b"".join(chunks), answer.headers.get("content-type", ""))
+                if len(body) - len(chunk) <= LARGE_BYTES:
+                    check_head(body, len(body), refuse)
+            return Answer(body, answer.headers.get("content-type", ""))
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         if _is_certificate_refused(error):
             raise FetchFailed(STORE_TLS) from None

@@ -96,6 +96,30 @@ class Listing:
 IsNew = Callable[[SourceObject], bool]
 """Says of a listed object whether no run has accounted for it."""
 
+Data = bytes | bytearray | memoryview
+"""An object's bytes, in whatever holds them without another copy."""
+
+Refuse = Callable[[bytes], str | None]
+"""Says by an object's first `HEAD_BYTES` for what reason it cannot be an instance; None where it may be one."""
+
+LARGE_BYTES = 64 << 20  # no radiograph is larger
+HEAD_BYTES = 1 << 10
+
+
+def refuse_nothing(head: bytes) -> str | None:
+    """Let every head pass."""
+
+
+def check_head(head: Data, size: int, refuse: Refuse) -> None:
+    """Give a large object up by its head, before the rest of it is in memory.
+
+    Raises:
+        FetchFailed: the reason that `refuse` names.
+    """
+    reason = refuse(bytes(head[:HEAD_BYTES])) if size > LARGE_BYTES else None
+    if reason is not None:
+        raise FetchFailed(reason)
+
 Listed = Callable[[int, str], None]
 """Is told how much is listed so far, as a number and in words without names."""
 
@@ -142,8 +166,14 @@ class Source(Protocol):
         """
         ...
 
-    def fetch(self, obj: SourceObject, max_bytes: int) -> bytes:
+    def fetch(self, obj: SourceObject, max_bytes: int, refuse: Refuse = refuse_nothing) -> Data:
         """Return an object's bytes, all of them from the version that was listed.
+
+        Args:
+            obj: what to fetch.
+            max_bytes: larger objects are refused before they are read.
+            refuse: is asked about the head of an object of more than `LARGE_BYTES` before the rest is read; a
+                DICOMweb server's parts are not looked into.
 
         Raises:
             FetchFailed: with a reason code; `STORE_*` when the place refuses or does not answer.

@@ -15,7 +15,18 @@ from memmc.sources.archive import fetch_member, is_zip, list_members
 from memmc.sources.dicomweb import DicomWebSource
 from memmc.sources.folder_s3 import fetch, list_objects, local_root
 from memmc.sources.http import Access, server_url
-from memmc.sources.objects import Cursor, IsNew, Listed, Listing, Source, SourceObject, unheard
+from memmc.sources.objects import (
+    Cursor,
+    Data,
+    IsNew,
+    Listed,
+    Listing,
+    Refuse,
+    Source,
+    SourceObject,
+    refuse_nothing,
+    unheard,
+)
 from memmc.sources.orthanc import OrthancSource
 
 TOLD_EVERY = 1000  # objects of a folder or prefix
@@ -42,11 +53,11 @@ class FileSource:
         """Look for a first object; see `Source.check`."""
         return "empty" if next(self._objects(), None) is None else "can be listed"
 
-    def fetch(self, obj: SourceObject, max_bytes: int) -> bytes:
+    def fetch(self, obj: SourceObject, max_bytes: int, refuse: Refuse = refuse_nothing) -> Data:
         """Return an object's bytes; see `Source.fetch`."""
         if obj.uri.startswith("file://") and "#" in obj.uri:
-            return fetch_member(obj, max_bytes, self.settings.archive_members)
-        return fetch(self.uri, obj, max_bytes)
+            return fetch_member(obj, max_bytes, self.settings.archive_members, refuse)
+        return fetch(self.uri, obj, max_bytes, refuse)
 
     def _objects(self) -> Iterator[SourceObject]:
         if self.uri.startswith("s3://"):

@@ -27,11 +27,14 @@ from memmc.sources.objects import (
     FILE_TOO_LARGE,
     FILE_UNREADABLE,
     Cursor,
+    Data,
     FetchFailed,
     IsNew,
     Listed,
     Listing,
+    Refuse,
     SourceObject,
+    refuse_nothing,
     unheard,
 )
 
@@ -96,16 +99,16 @@ class OrthancSource:
         objects = [obj for obj, _ in found if obj.path not in pending]
         return Listing(objects, pending=len(pending), cursor=reached, whole=after == 0)
 
-    def fetch(self, obj: SourceObject, max_bytes: int) -> bytes:
+    def fetch(self, obj: SourceObject, max_bytes: int, refuse: Refuse = refuse_nothing) -> Data:
         """Return an instance's file, equal to what Orthanc received by the MD5 it took then; see `Source.fetch`."""
         if not _IDENTIFIER.fullmatch(obj.path):
             raise FetchFailed(FILE_PATH_ESCAPE)
         if obj.size > max_bytes:
             raise FetchFailed(FILE_TOO_LARGE)
         place = f"{self.url}/instances/{obj.path}"
-        data: bytes | None = None
+        data: Data | None = None
         try:
-            data = get(self.access, f"{place}/file", max_bytes=max_bytes).body
+            data = get(self.access, f"{place}/file", max_bytes=max_bytes, refuse=refuse).body
         except FetchFailed as failure:
             if failure.reason != FILE_CHANGED_DURING_READ:
                 raise
@@ -214,7 +217,7 @@ def _change(item: dict[str, Any]) -> Change:
     return Change(int(item["Seq"]), identifier, is_instance, _time(item["Date"]))
 
 
-def _attachment(body: bytes) -> dict[str, Any]:
+def _attachment(body: bytes | bytearray) -> dict[str, Any]:
     """Read what Orthanc knows of an instance's file."""
     try:
         info = json.loads(body)
@@ -237,7 +240,7 @@ def _time(text: Any) -> datetime:
         raise StorageError("the source does not tell the time as Orthanc does it; is it an Orthanc server?") from None
 
 
-def _check_bytes(data: bytes, size: int, md5: str) -> None:
+def _check_bytes(data: Data, size: int, md5: str) -> None:
     if len(data) != size:
         raise FetchFailed(FILE_CHANGED_DURING_READ)
     if md5 and hashlib.md5(data, usedforsecurity=False).hexdigest() != md5.lower():

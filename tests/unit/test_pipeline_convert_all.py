@@ -22,7 +22,6 @@ from memmc.pipeline.convert_chunk import rows_of
 from memmc.pipeline.ingest import ingest, plan
 from memmc.pipeline.progress import Silent
 from memmc.sources import folder_s3
-from memmc.sources.folder_s3 import READ_CHUNK_BYTES
 
 
 @pytest.fixture
@@ -112,10 +111,10 @@ def test_the_next_object_is_fetched_while_one_is_converted(place):
     planned = plan(settings(), "in", "c", None, None, Silent())
 
     class Source(type(planned.job.source)):
-        def fetch(self, obj, max_bytes):
+        def fetch(self, obj, max_bytes, *refuse):
             if obj.path == "1":
                 fetched.set()
-            return super().fetch(obj, max_bytes)
+            return super().fetch(obj, max_bytes, *refuse)
 
     seen: list[bool] = []
 
@@ -154,7 +153,6 @@ def test_a_file_of_several_reads_is_whole(tmp_path, monkeypatch):
     data = os.urandom(1000)
     (tmp_path / "x").write_bytes(data)
     (item,) = folder_s3.list_objects(str(tmp_path))
-    assert READ_CHUNK_BYTES > 16 << 20  # else a radiograph is copied together
     monkeypatch.setattr(folder_s3, "READ_CHUNK_BYTES", 64)
     assert folder_s3.fetch(str(tmp_path), item, 1 << 20) == data
 

@@ -22,7 +22,7 @@ from memmc.pipeline.ingest import check_source
 from memmc.pipeline.labels import StatedLabels
 from memmc.sources.dicomweb import DicomWebSource
 from memmc.sources.http import Access
-from memmc.sources.objects import Cursor, FetchFailed, SourceObject
+from memmc.sources.objects import Cursor, FetchFailed, Refuse, SourceObject, refuse_nothing
 from memmc.sources.open import open_source
 
 SOURCE = "orthanc+http://host:8042"
@@ -89,7 +89,7 @@ def test_which_sources_have_a_cursor(uri, has):
 class Failing(DicomWebSource):
     """A server that refuses one instance after the other."""
 
-    def fetch(self, obj: SourceObject, max_bytes: int) -> bytes:
+    def fetch(self, obj: SourceObject, max_bytes: int, refuse: Refuse = refuse_nothing) -> bytes:
         raise FetchFailed(obj.uri)
 
 

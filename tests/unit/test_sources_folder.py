@@ -124,15 +124,15 @@ def test_limits_and_changes(tmp_path, monkeypatch):
     assert reason(tmp_path, obj) == "FILE_CHANGED_DURING_READ"
 
     os.utime(path, ns=(1, int(obj.modified)))
-    read = os.read
+    read = os.readv
 
-    def grow(descriptor: int, size: int) -> bytes:
-        data = read(descriptor, size)
+    def grow(descriptor: int, buffers: list[memoryview]) -> int:
+        count = read(descriptor, buffers)
         with path.open("ab") as file:
             file.write(b"!")
-        return data
+        return count
 
-    monkeypatch.setattr(folder_s3.os, "read", grow)
+    monkeypatch.setattr(folder_s3.os, "readv", grow)
     assert reason(tmp_path, obj) == "FILE_CHANGED_DURING_READ"
     monkeypatch.undo()
     path.unlink()
