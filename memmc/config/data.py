@@ -35,7 +35,8 @@ class DataConfig(Section):
     bits: Literal[8, 16] = Field(default=16, description="Bits per stored pixel, unsigned little-endian.")
     fit: Literal["stretch", "pad", "crop"] = Field(
         default="stretch",
-        description="A non-square image is stretched to the square, padded with black, or centre-cropped.",
+        description="A non-square image is stretched to the square, padded with black, or centre-cropped; the latter "
+        "two keep proportions, and quarantine what has pixels that are not square.",
     )
     window: Literal["first", "full"] = Field(
         default="first",
@@ -143,7 +144,8 @@ class SourceConfig(Section):
         description="DICOMweb: studies of this Study Date (0008,0020) or range, YYYYMMDD-YYYYMMDD, open ends allowed.",
     )
     open_archives: bool = Field(
-        default=False, description="ZIP files in a folder are walked too; else each is one FILE_ARCHIVE_NESTED object."
+        default=False,
+        description="ZIP files in a folder are walked too; else each is one FILE_ARCHIVE_NESTED object. Not on S3.",
     )
     archive_members: Positive = Field(default=100_000, description="Bound on the members of one ZIP file.")
     archive_bytes: Positive = Field(default=64 << 30, description="Bound on what one ZIP file inflates to, bytes.")
@@ -161,7 +163,16 @@ class IngestConfig(Section):
     )
     max_rows: int = Field(default=16_384, ge=1, description="Bound on (0028,0010) Rows and (0028,0011) Columns, px.")
     memory_bytes: int = Field(default=3 << 30, ge=1 << 28, description="Address space of a decoding process, bytes.")
-    timeout_s: float = Field(default=60.0, gt=0, description="Wall time one object may take, s.")
+    timeout_s: float = Field(
+        default=60.0, gt=0, description="Wall time one object may take, s; of processor time it gets half."
+    )
+    max_quarantined: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="An ingest of at least 200 new objects that quarantines a larger share of them ends with an error, "
+        "once their rows are committed; 1 never.",
+    )
     objects_per_task: int | None = Field(
         default=None,
         ge=1,

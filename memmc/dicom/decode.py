@@ -152,6 +152,8 @@ def decode_frame(instance: Instance, geometry: Geometry, frame: int = 0) -> tupl
         decoded, photometric = _decode_gdcm(stream, instance, geometry), geometry.photometric
     else:
         decoded, photometric = _decode_with(PLUGINS[syntax], encapsulate([stream]), instance, geometry)
+        if PLUGINS[syntax] == "pillow" and geometry.samples == 3 and _is_made_rgb(stream):
+            photometric = "RGB"
     return _within_range(decoded, instance, geometry), photometric
 
 
@@ -229,6 +231,12 @@ def _decode_with(
     decoder = get_decoder(instance.transfer_syntax)
     decoded, found = decoder.as_array(source, index=frame, raw=True, decoding_plugin=plugin, **options)
     return decoded, str(found["photometric_interpretation"])
+
+
+def _is_made_rgb(stream: bytes) -> bool:
+    """Tell whether an Adobe marker says YCbCr: Pillow makes RGB of it, and pydicom 3.0.2 goes on calling it YBR."""
+    with Image.open(BytesIO(stream), formats=("JPEG",)) as image:
+        return image.info.get("adobe_transform") == 1
 
 
 def _decode_gdcm(stream: bytes, instance: Instance, geometry: Geometry) -> NDArray[np.generic]:

@@ -21,11 +21,14 @@ from pydicom.pixels.processing import apply_color_lut
 from memmc.config import DataConfig
 from memmc.dicom.decode import Geometry, bit_patterns, decode_frame
 from memmc.dicom.grey import frame_header, grey_table
-from memmc.dicom.read import Instance
+from memmc.dicom.read import Instance, texts
 from memmc.dicom.reasons import Rejected
 from memmc.dicom.resample import STRIPE_ROWS, WHITE, Levels, resample
 
 _LUMA = np.array((299, 587, 114))  # thousandths; ITU-R BT.601, the Y of PS3.3 C.7.6.3.1.2
+
+_SHAPES = ("PixelSpacing", "ImagerPixelSpacing", "PixelAspectRatio")  # of a pixel, down and across
+_MOST_OBLONG = 1.01  # by rounding
 
 GreyRows = Callable[[int, int], Levels]
 """Gives the rows from top to bottom - 1, at most `STRIPE_ROWS`, as display grey; valid until the next call."""
@@ -60,8 +63,10 @@ def prepare(
         inspect: called with each frame at its own size, 0 black .. 255 white, shape (H, W); may raise `Rejected`.
 
     Raises:
-        Rejected: a PIX_* code, or what `inspect` raises. Decoders raise what they like besides.
+        Rejected: META_DIMENSIONS, a PIX_* code, or what `inspect` raises. Decoders raise what they like besides.
     """
+    if data.fit != "stretch" and not has_square_pixels(instance.dataset):
+        raise Rejected("META_DIMENSIONS")
     top = (1 << data.bits) - 1
     images: list[bytes] = []
     for frame in frames:
@@ -72,6 +77,18 @@ def prepare(
         pixels_SS = np.rint(levels_SS * top / WHITE).astype("<u2" if data.bits == 16 else "u1")
         images.append(pixels_SS.tobytes())
     return Prepared(b"".join(images), len(images), data.image_size, data.image_size, 1, data.bits)
+
+
+def has_square_pixels(dataset: Dataset) -> bool:
+    """Tell whether pixels are square by every spacing and aspect ratio there is: PS3.3 C.7.6.3.1.7."""
+    for keyword in _SHAPES:
+        try:
+            down, across = (float(value) for value in texts(dataset, keyword))
+        except (ValueError, TypeError):  # absent, or no two numbers
+            continue
+        if min(down, across) > 0 and max(down, across) > _MOST_OBLONG * min(down, across):
+            return False
+    return True
 
 
 def frames_to_store(geometry: Geometry, policy: Literal["each", "middle", "refuse"]) -> tuple[int, ...]:

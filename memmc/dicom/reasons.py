@@ -39,7 +39,8 @@ REASONS: Mapping[str, str] = {
     "META_MODALITY_OUT_OF_SCOPE": "Modality (0008,0060) is absent or not one of select.modalities",
     "META_MULTIFRAME_UNSUPPORTED": "more than one frame, see select.frames",
     "META_NO_PIXELS": "an image class without Pixel Data (7FE0,0010)",
-    "META_DIMENSIONS": "Rows, Columns, Samples per Pixel or Number of Frames out of range",
+    "META_DIMENSIONS": "Rows, Columns, Samples per Pixel or Number of Frames out of range, or, where data.fit keeps "
+    "proportions, pixels that are not square",
     "META_BITS": "Bits Allocated, Bits Stored, High Bit or Pixel Representation out of range",
     "SELECT_BODY_PART": "Body Part Examined (0018,0015) is not one of select.body_parts",
     "SELECT_VIEW": "View Position (0018,5101) is not one of select.views",

@@ -6,7 +6,7 @@
             ^-- attributes, result --'                '-- "worker died" --> Sandbox
 
 The keeper imports everything once, applies the limits and forks a worker, which
-answers objects until it dies or has done its share; the keeper then forks the
+answers objects until it dies, has grown or has done its share; the keeper then forks the
 next in milliseconds. A hang costs keeper and worker. What kills its process, hangs
 or fills the memory is tried once more, in a fresh worker. The object lies in memory
 that both sides map. The answer is read as data: JSON of known keys and patterns,
@@ -129,7 +129,7 @@ class _Lost:
         decoding = attributes is not None
         self.attributes = attributes
         self.keeper_lives = keeper_lives
-        if what == "TIMEOUT":
+        if what == "TIMEOUT" or died_of == signal.SIGXCPU:
             self.reason = "PIX_DECODER_TIMEOUT" if decoding else "PARSE_TIMEOUT"
         elif died_of == signal.SIGKILL:  # the kernel's out-of-memory killer
             self.reason = "PIX_DECODER_OOM" if decoding else "PARSE_MEMORY"

@@ -48,7 +48,7 @@ _LEAST_CHARACTERS = 3  # letters and digits; fewer are a mark on a cassette, and
 _LEAST_CONFIDENCE = 0.6  # mean over the characters
 _SHORT, _SHORT_CONFIDENCE = 4, 0.8  # up to so many characters the networks see letters in catheters and cassette locks
 _SURE = 0.97  # below this a technique word may be misread
-_LEAST_MISREAD = 6  # letters of a word that may be misread or cut off
+_LEAST_MISREAD = 6  # letters of a word that may be misread in one place, or cut off; a shorter one is near to a name
 _LEAST_ASPECT = 1.3  # width to height of a box; a letter on its own is squarer, and no identifier
 _MANY_LINES = 24  # more than any radiograph's marks: a page of text
 
@@ -122,19 +122,16 @@ def _is_mark(word: str, sure: bool) -> bool:
         return True
     if len(word) < _LEAST_MISREAD:
         return False
-    return any(word in allowed or (not sure and _distance(word, allowed) <= 2) for allowed in ALLOWED)
+    return any(word in allowed or (not sure and _is_misread(word, allowed)) for allowed in ALLOWED)
 
 
-def _distance(word: str, other: str) -> int:
-    """Return the number of letters to replace, add or leave out (Levenshtein distance)."""
-    if abs(len(word) - len(other)) > 2:
-        return 3
-    row = list(range(len(other) + 1))
-    for i, letter in enumerate(word, 1):
-        before, row[0] = row[0], i
-        for j, wanted in enumerate(other, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (letter != wanted))
-    return row[-1]
+def _is_misread(word: str, allowed: str) -> bool:
+    """Tell whether one letter replaced, added or left out makes a long enough allowed word of another."""
+    if len(allowed) < _LEAST_MISREAD or abs(len(word) - len(allowed)) > 1:
+        return False
+    short, long = sorted((word, allowed), key=len)
+    same = next((i for i, letter in enumerate(short) if letter != long[i]), len(short))
+    return short[same + (len(short) == len(long)) :] == long[same + 1 :]
 
 
 def _weight(character: str) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import mmap
 import os
 import resource
@@ -28,6 +29,7 @@ REQUEST = struct.Struct("<QQ")  # number, bytes
 ANSWER = struct.Struct("<cQIQ")  # kind, number, JSON bytes, pixel bytes
 READY, HEADER, RESULT, DIED = b"R", b"H", b"C", b"D"
 OBJECTS_PER_WORKER = 200  # GDCM leaks (CVE-2026-3650); a fork is cheap
+WORKER_BYTES = 3 << 29  # resident at its most, from which on a worker is its last object's
 _EXIT_DONE, _EXIT_CLOSED = 0, 3
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 
@@ -78,6 +80,20 @@ def _limit(memory_bytes: int) -> None:
         resource.setrlimit(what, (soft, soft))
 
 
+def _limit_processor(timeout_s: float) -> None:
+    """Let the next object take half its wall time of this process's processor time; SIGXCPU ends it then."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    soft = math.ceil(used.ru_utime + used.ru_stime + max(timeout_s / 2, 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _has_grown() -> bool:
+    """Tell whether this process held more memory than a worker is kept with."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024) > WORKER_BYTES
+
+
 @contextlib.contextmanager
 def _mapped(shared: int, size: int) -> Generator[memoryview]:
     """Map the shared object for reading."""
@@ -105,6 +121,7 @@ def _work(policy: ConvertPolicy, channel: int, shared: int) -> NoReturn:
         def tell(attributes: Mapping[str, Value], number: int = number) -> None:
             _answer(channel, HEADER, number, {"attributes": dict(attributes)})
 
+        _limit_processor(policy.ingest.timeout_s)
         try:
             with _mapped(shared, size) as data:
                 result = convert(data, policy, tell)
@@ -114,8 +131,8 @@ def _work(policy: ConvertPolicy, channel: int, shared: int) -> NoReturn:
         if result.sealed is not None:
             head["sealed"] = result.sealed.hex()
         _answer(channel, RESULT, number, head, result.pixels or b"")
-        if result.reason in ("PIX_DECODER_OOM", "PARSE_MEMORY"):
-            break  # what could not be allocated leaves a fragmented heap behind
+        if result.reason in ("PIX_DECODER_OOM", "PARSE_MEMORY") or _has_grown():
+            break  # what could not be allocated, or was large, leaves a fragmented heap behind
     os._exit(_EXIT_DONE)
 
 

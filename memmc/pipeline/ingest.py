@@ -15,7 +15,7 @@ from typing import Any
 from memmc.config import Config
 from memmc.dicom.convert import ConvertPolicy
 from memmc.dicom.deidentify import key_id, object_key
-from memmc.errors import StorageError, UsageError
+from memmc.errors import DataError, StorageError, UsageError
 from memmc.lake.erasure import erased_contents
 from memmc.lake.tables import Lake
 from memmc.lake.vacuum import lease
@@ -28,16 +28,23 @@ from memmc.pipeline.identity import home_directory, identity_key, key_for_previe
 from memmc.pipeline.labels import read_labels
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import IngestResult, PlanResult
-from memmc.pipeline.settle import failed_objects, publish, refused_contents, seen_objects, stands_for_object
+from memmc.pipeline.settle import (
+    ALREADY_INGESTED,
+    failed_objects,
+    object_rows,
+    publish,
+    refused_contents,
+    seen_objects,
+)
 from memmc.pipeline.vault import vault_of, withdraw
 from memmc.sources.objects import FILE_CHECKSUM, FILE_UNREADABLE, STORE_FAILURES, Cursor, SourceObject
 from memmc.sources.open import FileSource, open_source
 
 logger = logging.getLogger(__name__)
 
-ALREADY_INGESTED = "already_ingested"
 _COHORT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LEAST_FAILURES, _MOST_FAILING = 3, 0.25  # a source that fails on more than this itself has failed
+_LEAST_JUDGED, _REMARKABLE = 200, 0.05  # of fewer new objects a share says little; of more, this one is worth a word
 
 
 @recorded(
@@ -76,6 +83,7 @@ def ingest(
     Raises:
         UsageError: bad cohort name, source or label table.
         StorageError: the source fails.
+        DataError: too many of the new objects are quarantined; all are committed (`ingest.max_quarantined`).
         IdentityKeyError: the lake was made with another identity key.
         AccountingError: the account does not balance; nothing was committed.
     """
@@ -89,6 +97,7 @@ def ingest(
     if known:
         reasons[ALREADY_INGESTED] = known
     outcomes: Counter[str] = Counter(duplicate=known)
+    rows: list[dict[str, Any]] = []
     lake = Lake(config.lake.uri)
     if new:
         progress.stage("ingest", len(new))
@@ -100,12 +109,14 @@ def ingest(
             version, shards, dropped = publish(lake, job, shards, len(new), metadata)
         if job.vault is not None:
             withdraw(job.vault, job.run, refused_contents(shards))
-        rows = [row for shard in shards for row in shard.account if stands_for_object(job, row)]
-        outcomes.update([row["outcome"] for row in rows] + ["duplicate"] * dropped)
-        reasons.update([row["reason"] for row in rows if row["reason"]] + [ALREADY_INGESTED] * dropped)
+        rows = object_rows(job, shards)
+        outcomes.update(row["outcome"] for row in rows)
+        outcomes.update("duplicate" if reason == ALREADY_INGESTED else "quarantined" for reason in dropped)
+        reasons.update([row["reason"] for row in rows if row["reason"]] + dropped)
     else:
         version = lake.version("instances") if lake.exists("instances") else -1
     logger.info("ingest %s: %d objects, %s", job.run, known + len(new), dict(outcomes))
+    check_quarantined(rows, config.ingest.max_quarantined, progress)
     return IngestResult(
         seen=known + len(new),
         stored=outcomes["stored"],
@@ -259,3 +270,29 @@ def check_source(job: IngestJob, shards: list[WrittenShard], listed: int) -> Non
             "than single objects would explain: check its disks, its log and your access to it, then run ingest again; "
             "nothing was committed"
         )
+
+
+def check_quarantined(rows: list[dict[str, Any]], most: float, progress: Progress) -> None:
+    """Say so when more objects are quarantined than single broken ones would explain.
+
+    Args:
+        rows: of the new objects, as they were committed.
+        most: share of them above which the ingest ends with an error; `ingest.max_quarantined`.
+        progress: is told of a share that is worth a word.
+
+    Raises:
+        DataError: with the counts and the reasons.
+    """
+    reasons = Counter(row["reason"] for row in rows if row["outcome"] == "quarantined")
+    held = reasons.total()
+    if len(rows) < _LEAST_JUDGED or held <= _REMARKABLE * len(rows):
+        return
+    named = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(5))
+    found = f"{held} of {len(rows)} new objects are quarantined ({named})"
+    if held > most * len(rows):
+        raise DataError(
+            f"{found}, more than ingest.max_quarantined = {most:g}: look into the source, or raise the setting if it "
+            "holds such objects; every row is committed, so another ingest goes on from here"
+        )
+    logger.warning("ingest: %s", found)
+    progress.message(f"{found}; is something wrong with the source?")

@@ -19,8 +19,10 @@ ROUNDS = 8  # of settling anew because another ingest of the cohort committed fi
 
 Verdict = tuple[str, str] | None  # None: the row stays as it is
 _CONFLICT = "META_DUP_UID_CONFLICT"
-_KNOWN = ("", "already_ingested")
+ALREADY_INGESTED = "already_ingested"
+_KNOWN = ("", ALREADY_INGESTED)
 _ERASED = ("excluded", ERASED)
+_MAY_PASS = RETRIABLE | OVERLOADED
 
 
 def turn_name(cohort: str) -> str:
@@ -30,7 +32,7 @@ def turn_name(cohort: str) -> str:
 
 def publish(
     lake: Lake, job: IngestJob, shards: list[WrittenShard], listed: int, metadata: Mapping[str, Any]
-) -> tuple[int, list[WrittenShard], int]:
+) -> tuple[int, list[WrittenShard], list[str]]:
     """Settle, balance and commit.
 
     Ingests of a cohort commit in turns. What another has accounted for since this one planned is dropped, so that two
@@ -42,20 +44,25 @@ def publish(
         metadata: kept in the commit.
 
     Returns:
-        The table's version; the shards that were committed; the number of rows another run had accounted for.
+        The table's version; the shards that were committed; of each row that was dropped, why its object has no row of
+        this run: the reason that may pass and for which it failed again, or `ALREADY_INGESTED`.
 
     Raises:
         AccountingError: the account does not balance; nothing was committed.
         StorageError: the place cannot be written, or other ingests won every round.
     """
-    dropped = 0
+    dropped: list[str] = []
     for _ in range(ROUNDS):
         turn = lake.turn(INSTANCES, turn_name(job.cohort))
         known = seen_objects(lake, job.cohort)
-        dropped += sum(key in known for key in _objects(job, shards))
+        dropped += [
+            row["reason"] if row["reason"] in _MAY_PASS else ALREADY_INGESTED
+            for row in object_rows(job, shards)
+            if row["object_key"] in known
+        ]
         shards = settle(job, shards, stored_contents(lake, job.cohort), known, erased_contents(lake, job.cohort))
-        check_balance(listed - dropped, _objects(job, shards))
-        if listed == dropped:
+        check_balance(listed - len(dropped), [row["object_key"] for row in object_rows(job, shards)])
+        if listed == len(dropped):
             return lake.version(INSTANCES), shards, dropped
         try:
             version = lake.commit(
@@ -143,13 +150,11 @@ def _rewritten(
     return [write_partition(job.storage, outcome, shard.file.partition["split"], kept)] if kept else []
 
 
-def stands_for_object(job: IngestJob, row: Mapping[str, Any]) -> bool:
-    """Return whether a row counts in the account: the second and later frames of an object do not."""
-    return job.policy.select.frames != "each" or row["frame_number"] in (None, 1)
-
-
-def _objects(job: IngestJob, shards: list[WrittenShard]) -> list[str]:
-    return [row["object_key"] for shard in shards for row in shard.account if stands_for_object(job, row)]
+def object_rows(job: IngestJob, shards: list[WrittenShard]) -> list[dict[str, Any]]:
+    """Return the rows that count in the account, one per object: the second and later frames of an object do not."""
+    every_frame = job.policy.select.frames == "each"
+    rows = [row for shard in shards for row in shard.account]
+    return [row for row in rows if not every_frame or row["frame_number"] in (None, 1)]
 
 
 def check_balance(listed: int, accounted: list[str]) -> None:
@@ -176,7 +181,7 @@ def failed_objects(lake: Lake, cohort: str) -> frozenset[str]:
     """Return the object keys of the cohort's rows of failures that may pass."""
     if not lake.exists(INSTANCES):
         return frozenset()
-    where = {"cohort": cohort, "outcome": "quarantined", "reason": sorted(RETRIABLE | OVERLOADED)}
+    where = {"cohort": cohort, "outcome": "quarantined", "reason": sorted(_MAY_PASS)}
     return frozenset(lake.read(INSTANCES, ["object_key"], filter=where)["object_key"].to_pylist())
 
 

@@ -108,9 +108,7 @@ def list_members(path: bytes, settings: SourceConfig, prefix: str = "") -> Itera
         yield SourceObject(prefix + (_text(info.filename) or "?"), uri, info.file_size, modified, problem)
 
 
-def fetch_member(
-    obj: SourceObject, max_bytes: int, max_members: int, refuse: Refuse = refuse_nothing
-) -> Data:
+def fetch_member(obj: SourceObject, max_bytes: int, max_members: int, refuse: Refuse = refuse_nothing) -> Data:
     """Return a member's bytes, whose CRC was checked.
 
     Args:

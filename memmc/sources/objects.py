@@ -120,6 +120,7 @@ def check_head(head: Data, size: int, refuse: Refuse) -> None:
     if reason is not None:
         raise FetchFailed(reason)
 
+
 Listed = Callable[[int, str], None]
 """Is told how much is listed so far, as a number and in words without names."""
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 from urllib.parse import unquote_to_bytes
 
 from memmc.config import SourceConfig
-from memmc.errors import DataError
+from memmc.errors import DataError, UsageError
 from memmc.sources.archive import fetch_member, is_zip, list_members
 from memmc.sources.dicomweb import DicomWebSource
 from memmc.sources.folder_s3 import fetch, list_objects, local_root
@@ -90,7 +90,7 @@ def open_source(uri: str, settings: SourceConfig, environment: Mapping[str, str]
         environment: may hold the password.
 
     Raises:
-        UsageError: a server's URI is not understood, or holds a user or password.
+        UsageError: a server's URI is not understood, or holds a user or password; a ZIP file that lies in a bucket.
         ConfigError: a file of credentials cannot be read.
     """
     scheme = uri.partition("://")[0].lower()
@@ -101,4 +101,9 @@ def open_source(uri: str, settings: SourceConfig, environment: Mapping[str, str]
         name, url = server_url(uri)
         access = Access.of(settings, environment)
         return DicomWebSource(name, url, access, settings.quiet_seconds, settings.modalities, settings.study_dates)
+    if scheme == "s3" and (settings.open_archives or uri.lower().endswith(".zip")):
+        raise UsageError(
+            "ZIP files are opened where they lie on a local path alone, and the source is a bucket "
+            "(s3://, source.open_archives or a name ending in .zip); copy them to a folder, or upload what they hold"
+        )
     return FileSource(uri if "://" in uri else str(Path(uri).absolute()), settings)

@@ -21,6 +21,8 @@ def misbehave(data, policy, before_pixels=lambda attributes: None):
         os.kill(os.getpid(), signal.SIGSEGV)
     if word == b"exit":
         os._exit(7)
+    while word == b"spin":
+        pass
     if word == b"hang":
         time.sleep(1000)
     if word == b"memory":
@@ -34,6 +36,8 @@ def misbehave(data, policy, before_pixels=lambda attributes: None):
     if word == b"leak":
         result = convert(bytes(data[32:]), policy)
         return Converted("stored", None, {**result.attributes, "body_part": "Doe, Jane"}, result.pixels)
+    if word == b"grown":
+        worker.WORKER_BYTES = 0
     if word == b"print":
         os.write(1, b"SMITH JOHN")
         os.write(2, b"SMITH JOHN")
@@ -43,6 +47,8 @@ def misbehave(data, policy, before_pixels=lambda attributes: None):
         known = {"height": len(os.environ), "width": os.getpid(), "channels": limits >> 20}
         known["bits"] = sum(name in sys.modules for name in ("torch", "ray", "mlflow"))
         known["rows"] = int(any("SECRET" in name for name in os.environ))
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        known["columns"] = round(resource.getrlimit(resource.RLIMIT_CPU)[0] - used.ru_utime - used.ru_stime)
         return rejected("FILE_EMPTY", {**dict.fromkeys(ATTRIBUTES), **known})
     return convert(data, policy, before_pixels)
 

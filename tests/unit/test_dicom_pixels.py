@@ -10,8 +10,10 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_instances import DX, dataset, encoded, policy, texture
+from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_windowing
 from pydicom.sequence import Sequence
 from pydicom.uid import (
@@ -20,6 +22,7 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGBaseline8Bit,
     JPEGLSLossless,
     RLELossless,
 )
@@ -287,6 +290,27 @@ def test_compressed_colour_lies_as_the_codestream_says(name: str) -> None:
     np.testing.assert_array_equal(grey(ds), expected)
 
 
+def red_jpeg(adobe_transform: int | None) -> bytes:
+    """A red image as YCbCr; its JFIF marker makes place for an Adobe one (JPEG's Annex K has neither)."""
+    with io.BytesIO() as stream:
+        Image.new("RGB", (64, 64), (255, 0, 0)).save(stream, "JPEG", quality=95, subsampling=1)
+        jpeg = stream.getvalue()
+    if adobe_transform is None:
+        return jpeg
+    adobe = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([adobe_transform])
+    return jpeg[:2] + adobe + jpeg[4 + int.from_bytes(jpeg[4:6]) :]
+
+
+@pytest.mark.parametrize("photometric", ["YBR_FULL_422", "RGB"])
+@pytest.mark.parametrize("adobe_transform", [None, 1])
+def test_a_markers_colour_transform_does_not_make_red_white(adobe_transform: int | None, photometric: str) -> None:
+    ds = dataset(np.zeros((64, 64, 3), np.int64), 8, PhotometricInterpretation=photometric, PlanarConfiguration=0)
+    ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    ds.PixelData = encapsulate([red_jpeg(adobe_transform)])
+    ds["PixelData"].VR = "OB"
+    np.testing.assert_allclose(grey(ds), 0.299, atol=0.01)
+
+
 def stored_image(result: Converted, side: int, kind: str = "<u2") -> np.ndarray:
     assert result.pixels is not None, result.reason
     return np.frombuffer(result.pixels, kind).reshape(side, side).astype(np.float64)
@@ -318,6 +342,23 @@ def test_fit() -> None:
     crop = stored_image(convert(encoded(dataset(wide)), policy("data.image_size=32", "data.fit=crop")), 32)
     assert (crop[3:, 1:-1] == 65535).all()
     assert not crop[:1].any()
+
+
+OBLONG = {
+    "PixelAspectRatio": (["1", "2"], ["3", "3"], [], "5", ["0", "1"]),
+    "PixelSpacing": (["0.1", "0.2"], ["0.1", "0.1002"], ["0.1"]),
+    "ImagerPixelSpacing": (["0.2", "0.1"], ["0.1", "0.1"]),
+}
+
+
+@pytest.mark.parametrize("keyword", OBLONG)
+def test_proportions_are_not_kept_of_pixels_that_are_not_square(keyword: str) -> None:
+    """PS3.3 C.7.6.3.1.7: vertical over horizontal."""
+    oblong, *square = OBLONG[keyword]
+    for fit, reason in (("pad", "META_DIMENSIONS"), ("crop", "META_DIMENSIONS"), ("stretch", None)):
+        assert convert(encoded(dataset(**{keyword: oblong})), policy(f"data.fit={fit}")).reason == reason
+    for value in square:
+        assert convert(encoded(dataset(**{keyword: value})), policy("data.fit=pad")).outcome == "stored"
 
 
 def test_reduction_does_not_alias() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -107,6 +108,27 @@ def test_memory_is_limited(box: Sandbox) -> None:
 def test_answers_are_checked(box: Sandbox) -> None:
     assert box.convert(order("leak")).reason == "PARSE_CRASH"
     assert box.convert(order("garbage")).outcome == "quarantined"
+    assert box.convert(GOOD).outcome == "stored"
+
+
+def test_a_worker_that_has_grown_is_not_kept(box: Sandbox) -> None:
+    before = worker_of(box)
+    assert worker_of(box) == before
+    assert box.convert(order("grown")).outcome == "stored"
+    assert worker_of(box) != before
+
+
+def test_processor_time_is_limited_object_by_object(box: Sandbox) -> None:
+    left = {box.convert(order("environment")).attributes["columns"] for _ in range(3)}
+    assert left <= {1, 2}  # of ingest.timeout_s = 2
+    with Misbehaving(policy()) as patient:
+        assert patient.convert(order("environment")).attributes["columns"] in (30, 31)
+    assert _Lost("CRASH", None, signal.SIGXCPU, keeper_lives=True).reason == "PARSE_TIMEOUT"
+
+
+@pytest.mark.slow
+def test_an_endless_calculation_ends_by_its_processor_time(box: Sandbox) -> None:
+    assert box.convert(order("spin")).reason == "PARSE_TIMEOUT"
     assert box.convert(GOOD).outcome == "stored"
 
 

@@ -77,6 +77,13 @@ def test_the_sandbox_reads_as_well(radiograph: np.ndarray) -> None:
         ("PORTABLE", 1.0, False),
         ("PORTARLE", 0.8, False),  # misread
         ("PORTARLE", 1.0, True),  # not misread: somebody's name
+        ("PORTALE", 0.8, False),
+        ("PORTABLEE", 0.8, False),
+        ("PORTARIE", 0.8, True),  # two letters of eight are another word
+        ("CHESTER", 0.9, True),  # names, near to CHEST, PORT, STERNUM, LINKS
+        ("PORTER", 0.9, True),
+        ("STERNER", 0.9, True),
+        ("HINKSS", 0.9, True),
         ("RTABLE", 1.0, False),  # cut off
         ("AP-PORTABLE", 1.0, False),
         ("KV:80", 1.0, False),

@@ -9,17 +9,20 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from dicom_instances import dataset, encoded
+from dicom_instances import dataset, encoded, texture
 
 from memmc.config import Config, load_config
 from memmc.dicom.convert import rejected
 from memmc.dicom.reasons import OVERLOADED
 from memmc.dicom.sandbox import Sandbox
 from memmc.lake.tables import Lake
-from memmc.pipeline import convert_all
+from memmc.errors import DataError, StorageError
+from memmc.pipeline import convert_all, convert_chunk
 from memmc.pipeline.convert_chunk import rows_of
-from memmc.pipeline.ingest import ingest, plan
+from memmc.pipeline import ingest as ingest_module
+from memmc.pipeline.ingest import check_quarantined, ingest, plan
 from memmc.pipeline.progress import Silent
 from memmc.sources import folder_s3
 
@@ -106,7 +109,7 @@ def test_an_interrupt_commits_nothing_and_leaves_no_process(place):
     assert ingest(settings(), "in", "c").stored == 3
 
 
-def test_the_next_object_is_fetched_while_one_is_converted(place):
+def test_the_next_object_is_fetched_while_one_is_converted(place, monkeypatch):
     fetched = threading.Event()
     planned = plan(settings(), "in", "c", None, None, Silent())
 
@@ -120,13 +123,46 @@ def test_the_next_object_is_fetched_while_one_is_converted(place):
 
     class Waiting:
         def convert(self, data):
-            seen.append(fetched.wait(5))
+            seen.append(fetched.wait(patience))
             return rejected("FILE_NOT_DICOM")
 
     source = Source(*(getattr(planned.job.source, field.name) for field in dataclasses.fields(planned.job.source)))
-    rows = rows_of(dataclasses.replace(planned.job, source=source), planned.new, Waiting())
-    next(rows)
+    job, patience = dataclasses.replace(planned.job, source=source), 5.0
+    next(rows_of(job, planned.new, Waiting()))
     assert seen == [True]
+    fetched.clear()
+    monkeypatch.setattr(convert_chunk, "LARGE_BYTES", 1)  # of large ones a process holds one at a time
+    patience, rows = 0.2, rows_of(job, planned.new, Waiting())
+    next(rows)
+    assert seen == [True, False] and convert_chunk._ONE_LARGE.locked()
+    assert len(list(rows)) == 2 and not convert_chunk._ONE_LARGE.locked()
+
+
+def test_a_task_that_fails_lets_go_of_its_large_object(place, monkeypatch):
+    def full(*_: object) -> None:
+        raise StorageError("full")
+
+    monkeypatch.setattr(convert_chunk, "LARGE_BYTES", 1)
+    monkeypatch.setattr(convert_chunk, "MOST_HELD_BYTES", 1)
+    monkeypatch.setattr(convert_chunk, "write_partition", full)
+    with pytest.raises(StorageError, match="full") as caught:
+        ingest(settings("ingest.objects_per_task=1"), "in", "c")
+    assert caught.value.__traceback__ and not convert_chunk._ONE_LARGE.locked()
+
+
+def test_a_task_writes_what_it_has_before_its_frames_add_up(place, monkeypatch):
+    def stored(cohort: str) -> list[dict]:
+        ingest(settings("select.frames=each"), "in", cohort)
+        rows = Lake("lake").read("instances", ["sop_instance_uid", "pixels"], filter={"cohort": cohort}).to_pylist()
+        return sorted(rows, key=lambda row: row["sop_instance_uid"])
+
+    put(place / "in", "3", pixels=np.stack([texture()] * 5), NumberOfFrames=5, SOPInstanceUID="1.2.3.3")
+    whole, written = stored("a"), []
+    write = convert_chunk.write_partition
+    monkeypatch.setattr(convert_chunk, "MOST_HELD_BYTES", 2 * 64 * 64 * 2)
+    monkeypatch.setattr(convert_chunk, "write_partition", lambda *given: written.append(len(given[3])) or write(*given))
+    assert stored("b") == whole and len(whole) == 8
+    assert written == [2, 2, 2, 2]
 
 
 def test_an_object_that_cannot_be_read_for_a_while_is_tried_again(place, monkeypatch):
@@ -141,7 +177,8 @@ def test_an_object_that_cannot_be_read_for_a_while_is_tried_again(place, monkeyp
     first = ingest(settings(), "in", "c")
     assert (first.stored, first.quarantined, first.reasons) == (2, 1, {"FILE_UNREADABLE": 1})
     same = ingest(settings(), "in", "c")  # nothing learnt, so nothing committed
-    assert (same.seen, same.duplicate, same.version) == (3, 3, first.version)
+    assert (same.seen, same.duplicate, same.version) == (3, 2, first.version)
+    assert (same.quarantined, same.reasons) == (1, {"FILE_UNREADABLE": 1, "already_ingested": 2})
     failing.clear()
     healed = ingest(settings(), "in", "c")
     assert (healed.stored, healed.duplicate) == (1, 2)
@@ -167,7 +204,46 @@ def test_an_object_that_a_loaded_machine_did_not_convert_is_tried_again(place, m
     monkeypatch.setattr(Sandbox, "convert", convert)
     first = ingest(settings(), "in", "c")
     assert (first.stored, first.quarantined, first.reasons) == (2, 1, {reason: 1})
-    assert ingest(settings(), "in", "c").version == first.version
+    same = ingest(settings(), "in", "c")
+    assert (same.version, same.quarantined, same.reasons) == (first.version, 1, {reason: 1, "already_ingested": 2})
     failing.clear()
     healed = ingest(settings(), "in", "c")
     assert (healed.stored, healed.duplicate) == (1, 2)
+
+
+def test_a_source_that_is_broken_as_a_whole_ends_in_an_error_with_its_rows_committed(place, monkeypatch):
+    for number in range(3):
+        (place / "in" / f"{number}.txt").write_bytes(b"no image " * number)
+    monkeypatch.setattr(ingest_module, "_LEAST_JUDGED", 6)
+    with pytest.raises(DataError, match=r"3 of 6 new .*FILE_NOT_DICOM 2, FILE_EMPTY 1.*max_quarantined = 0.25"):
+        ingest(settings(), "in", "c")
+    assert Lake("lake").read("instances", ["outcome"]).num_rows == 6
+    again = ingest(settings(), "in", "c")
+    assert (again.seen, again.duplicate) == (6, 6)  # nothing new, nothing to say of it
+    assert ingest(settings("ingest.max_quarantined=0.5"), "in", "d").quarantined == 3
+
+
+def test_a_share_of_quarantined_objects_is_told_from_a_few(caplog):
+    told: list[str] = []
+
+    class Told(Silent):
+        def message(self, text: str) -> None:
+            told.append(text)
+
+    def check(quarantined: int, healthy: int, most: float = 0.25) -> None:
+        bad = {"outcome": "quarantined", "reason": "PARSE_LENGTH"}
+        check_quarantined([bad] * quarantined + [{"outcome": "excluded", "reason": "x"}] * healthy, most, Told())
+
+    check(199, 0)  # too few to tell
+    check(10, 190)
+    assert told == []
+    check(11, 190)
+    check(50, 150)
+    check(200, 0, most=1)
+    assert [text.split(";")[0] for text in told] == [
+        "11 of 201 new objects are quarantined (PARSE_LENGTH 11)",
+        "50 of 200 new objects are quarantined (PARSE_LENGTH 50)",
+        "200 of 200 new objects are quarantined (PARSE_LENGTH 200)",
+    ]
+    with pytest.raises(DataError, match=r"51 of 200 .* raise the setting"):
+        check(51, 149)

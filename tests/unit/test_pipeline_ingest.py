@@ -109,10 +109,19 @@ def test_of_two_ingests_of_one_tree_each_object_stays_once(job):
     lake = Lake(job.storage.uri)
     first = publish(lake, jobs[0], shards[0], 2, {})
     second = publish(lake, jobs[1], shards[1], 3, {})
-    assert (first[2], second[2]) == (0, 2)
+    assert (first[2], second[2]) == ([], ["already_ingested"] * 2)
     assert sorted(lake.read("instances", ["object_key"])["object_key"].to_pylist()) == [f"{n:064x}" for n in (1, 2, 3)]
     again = [write_partition(job.storage, "stored", "train", [row(1, "u", "x")])]
-    assert publish(lake, dataclasses.replace(job, run="run2"), again, 1, {}) == (second[0], [], 1)
+    assert publish(lake, dataclasses.replace(job, run="run2"), again, 1, {}) == (second[0], [], ["already_ingested"])
+
+
+def test_what_fails_again_is_told_by_its_reason(job):
+    failed = {**row(1, "u", ""), "outcome": "quarantined", "split": "none", "reason": "FILE_UNREADABLE"}
+    refused = {**failed, "object_key": f"{2:064x}", "reason": "FILE_SYMLINK"}
+    lake = Lake(job.storage.uri)
+    for run, dropped in (("run0", []), ("run1", ["FILE_UNREADABLE", "already_ingested"])):
+        shards = [write_partition(job.storage, "quarantined", "none", [failed, refused])]
+        assert publish(lake, dataclasses.replace(job, run=run), shards, 2, {})[2] == dropped
 
 
 def test_ingests_that_commit_at_the_same_moment_take_turns(job):
@@ -126,7 +135,7 @@ def test_ingests_that_commit_at_the_same_moment_take_turns(job):
             write_partition(job.storage, "stored", "train", [row(1, "u", "x"), row(10 + number, f"n{number}", "y")])
         ]
         start.wait(30)
-        return publish(lake, one, shards, 2, {})[2]
+        return len(publish(lake, one, shards, 2, {})[2])
 
     with ThreadPoolExecutor(4) as pool:
         dropped = list(pool.map(run, range(4)))

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memmc.config import SourceConfig
+from memmc.dicom.read import refused_by_head
 from memmc.errors import DataError
-from memmc.sources import archive
+from memmc.sources import archive, objects
 from memmc.sources.objects import FetchFailed
 from memmc.sources.open import open_source
 
@@ -126,6 +127,21 @@ def test_bombs_do_not_inflate(tmp_path):
     assert [obj.problem for obj in listed(path, archive_ratio=2000)] == [None] * 3
     in_all = listed(path, archive_ratio=2000, archive_bytes=72 << 20)
     assert [obj.problem for obj in in_all] == [None, None, "FILE_ARCHIVE_LIMIT"]
+
+
+def test_a_large_member_that_is_no_instance_is_given_up_by_its_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(objects, "LARGE_BYTES", 2 << 20)
+    path = zipped(tmp_path / "x.zip", {"text": b"text" * (1 << 20), "bare": b"\x08\x00\x16\x00UI" + bytes(4 << 20)})
+    text, bare = listed(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FetchFailed, match="FILE_NOT_DICOM"):
+            place(path).fetch(text, LIMIT, refused_by_head)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 3 << 20
+    assert len(place(path).fetch(bare, LIMIT, refused_by_head)) == bare.size
 
 
 def test_a_member_that_inflates_to_more_than_it_claims_is_cut_off(tmp_path):

@@ -3,19 +3,20 @@ import os
 import pickle
 import socket
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from memmc.config import SourceConfig
-from memmc.dicom.read import read_instance
+from memmc.dicom.read import read_instance, refused_by_head
 from memmc.dicom.reasons import Rejected
 from memmc.errors import UsageError
-from memmc.sources import folder_s3
+from memmc.sources import folder_s3, objects
 from memmc.sources import open as opening
 from memmc.sources.folder_s3 import fetch, list_objects
-from memmc.sources.objects import FetchFailed, SourceObject
+from memmc.sources.objects import LARGE_BYTES, FetchFailed, SourceObject
 from memmc.sources.open import open_source
 
 LIMIT = 1 << 20
@@ -140,6 +141,75 @@ def test_limits_and_changes(tmp_path, monkeypatch):
     failure = FetchFailed("FILE_CHANGED_DURING_READ")
     assert failure.retriable and pickle.loads(pickle.dumps(failure)).reason == failure.reason
     assert not FetchFailed("FILE_SYMLINK").retriable
+
+
+HEADS = {
+    b"text": "FILE_NOT_DICOM",
+    b"PK\x03\x04": "FILE_ARCHIVE_NESTED",
+    b"MZ".ljust(128) + b"DICM": "FILE_PREAMBLE_EXEC",
+    bytes(64): "FILE_NOT_DICOM",
+    bytes(128) + b"DICM": "FILE_NOT_DICOM",
+    bytes(128) + b"DICM\x02\x00\x00\x00UL": None,
+    b"\x08\x00\x16\x00UI": None,
+}
+
+
+def large(folder: Path, head: bytes) -> SourceObject:
+    """A sparse file of a byte more than what is taken for small."""
+    path = put(folder, "large", head)
+    os.truncate(path, LARGE_BYTES + 1)
+    (obj,) = list_objects(str(folder))
+    return obj
+
+
+@pytest.mark.parametrize(("head", "code"), HEADS.items())
+def test_a_large_file_that_is_no_instance_is_given_up_by_its_head(tmp_path, monkeypatch, head, code):
+    class Read(Exception):
+        pass
+
+    def read(*_: object) -> int:
+        raise Read
+
+    monkeypatch.setattr(folder_s3.os, "readv", read)
+    with pytest.raises(Read if code is None else FetchFailed) as caught:
+        fetch(str(tmp_path), large(tmp_path, head), 1 << 30, refused_by_head)
+    assert code is None or (caught.value.reason, caught.value.retriable) == (code, False)
+    with pytest.raises(Rejected) as found:
+        read_instance(head.ljust(4096, b"\0"))
+    assert code is None or found.value.reason == code  # as the sandbox says of the whole
+
+
+def test_a_large_file_is_held_once(tmp_path):
+    obj = large(tmp_path, b"\x08\x00\x16\x00UI")
+    tracemalloc.start()
+    try:
+        data = fetch(str(tmp_path), obj, 1 << 30, refused_by_head)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(data) == obj.size and data[:6] == b"\x08\x00\x16\x00UI"
+    assert most < obj.size + (1 << 20)
+
+
+def test_a_body_is_judged_by_its_whole_head_however_it_drips(monkeypatch):
+    monkeypatch.setattr(objects, "LARGE_BYTES", 1500)
+    body = (bytes(128) + b"DICM\x02\x00\x00\x00UL").ljust(2000, b"x")
+    drops = [body[start : start + 100] for start in range(0, 2000, 100)]
+    assert folder_s3._gathered(drops, 2000, refused_by_head) == body
+    given: list[int] = []
+    text = (given.append(1) or b"t" * 100 for _ in range(20))
+    with pytest.raises(FetchFailed, match="FILE_NOT_DICOM"):
+        folder_s3._gathered(text, 2000, refused_by_head)
+    assert len(given) == 11
+    assert folder_s3._gathered([b"t" * 100], 100, refused_by_head) == b"t" * 100
+    assert folder_s3._gathered([], 0, refused_by_head) == b""
+
+
+@pytest.mark.parametrize(("uri", "more"), [("s3://b/x.zip", {}), ("s3://b/x", {"open_archives": True})])
+def test_zip_files_in_a_bucket_are_refused_not_passed_over(uri, more):
+    with pytest.raises(UsageError, match="ZIP files are opened where they lie on a local path alone"):
+        open_source(uri, SourceConfig(**more), {})
+    assert open_source("s3://b/x", SourceConfig(), {}).uri == "s3://b/x"
 
 
 def test_empty_files_are_left_to_the_reader(tmp_path):

@@ -8,9 +8,11 @@ import pytest
 from small_archive import Orthanc, Site, name, served, slow
 
 from memmc.config import Config, SourceConfig
+from memmc.dicom.read import refused_by_head
 from memmc.errors import ConfigError, StorageError, UsageError
 from memmc.pipeline.doctor import look_at_source
 from memmc.sources import http, orthanc
+from memmc.sources import objects as objects_module
 from memmc.sources.objects import FetchFailed
 from memmc.sources.open import open_source
 
@@ -73,6 +75,17 @@ def test_bytes_come_as_they_were_received(archive):
     assert [place.fetch(obj, LIMIT) for obj in objects] == [b"instance 0", b"instance 1", b"instance 2"]
     assert [obj.size for obj in objects] == [10, 10, 10]
     assert reason(archive, objects[0], 9) == "FILE_TOO_LARGE"
+
+
+def test_a_large_body_that_is_no_instance_is_given_up_by_its_head(archive, monkeypatch):
+    fill(archive, 0)
+    place = source(archive)
+    (obj,) = place.listing(None, everything).objects
+    monkeypatch.setattr(objects_module, "LARGE_BYTES", 5)
+    monkeypatch.setattr(http, "LARGE_BYTES", 5)
+    with pytest.raises(FetchFailed, match="FILE_NOT_DICOM"):
+        place.fetch(obj, LIMIT, refused_by_head)
+    assert place.fetch(obj, LIMIT, lambda head: None if head == b"instance 0" else "FILE_EMPTY") == b"instance 0"
 
 
 @pytest.mark.parametrize("refilled", [1, 9, 20])
