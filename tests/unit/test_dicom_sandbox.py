@@ -114,7 +114,7 @@ def test_answers_are_checked(box: Sandbox) -> None:
 def test_a_worker_that_has_grown_is_not_kept(box: Sandbox) -> None:
     before = worker_of(box)
     assert worker_of(box) == before
-    assert box.convert(order("grown")).outcome == "stored"
+    assert box.convert(order("grown")).reason == "FILE_NOT_DICOM"
     assert worker_of(box) != before
 
 

@@ -17,11 +17,11 @@ from memmc.config import Config, load_config
 from memmc.dicom.convert import rejected
 from memmc.dicom.reasons import OVERLOADED
 from memmc.dicom.sandbox import Sandbox
-from memmc.lake.tables import Lake
 from memmc.errors import DataError, StorageError
+from memmc.lake.tables import Lake
 from memmc.pipeline import convert_all, convert_chunk
-from memmc.pipeline.convert_chunk import rows_of
 from memmc.pipeline import ingest as ingest_module
+from memmc.pipeline.convert_chunk import rows_of
 from memmc.pipeline.ingest import check_quarantined, ingest, plan
 from memmc.pipeline.progress import Silent
 from memmc.sources import folder_s3
@@ -156,7 +156,8 @@ def test_a_task_writes_what_it_has_before_its_frames_add_up(place, monkeypatch):
         rows = Lake("lake").read("instances", ["sop_instance_uid", "pixels"], filter={"cohort": cohort}).to_pylist()
         return sorted(rows, key=lambda row: row["sop_instance_uid"])
 
-    put(place / "in", "3", pixels=np.stack([texture()] * 5), NumberOfFrames=5, SOPInstanceUID="1.2.3.3")
+    frames = np.stack([texture() // number for number in range(1, 6)]).astype("<u2").tobytes()
+    put(place / "in", "3", NumberOfFrames=5, PixelData=frames, SOPInstanceUID="1.2.3.3")
     whole, written = stored("a"), []
     write = convert_chunk.write_partition
     monkeypatch.setattr(convert_chunk, "MOST_HELD_BYTES", 2 * 64 * 64 * 2)
