@@ -87,10 +87,10 @@ def test_an_instance_that_cannot_be_fetched_is_tried_again_until_it_can(archive,
     assert (first.seen, first.stored, first.reasons) == (4, 3, {reason: 1})
     receive(archive, 4)
     second = take(archive)
-    assert (second.seen, second.stored, second.duplicate) == (2, 1, 1)
+    assert (second.seen, second.stored, second.reasons) == (2, 1, {reason: 1})
     assert described(archive) == {entry(1), entry(4)}  # and nothing that is accounted for
     same = take(archive)  # nothing learnt, so nothing committed
-    assert (same.seen, same.duplicate, same.version) == (1, 1, second.version)
+    assert (same.seen, same.quarantined, same.version) == (1, 1, second.version)
     counts = {"objects listed": 1, "already ingested": 0, "new": 1, "labelled": 0}
     assert preview(settings(), source(archive), "c").counts == counts
     mend(archive)
@@ -113,7 +113,7 @@ def test_instances_that_stay_lost_do_not_stop_what_comes_after_them(archive, rea
     for number in (13, 14):
         receive(archive, number)
         later = take(archive)  # of the three, in a row now, and one new instance
-        assert (later.seen, later.stored, later.duplicate) == (4, 1, 3)
+        assert (later.seen, later.stored, later.quarantined) == (4, 1, 3)
     mend(archive)
     assert take(archive).stored == 3
 
