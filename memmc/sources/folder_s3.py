@@ -83,7 +83,7 @@ def fetch(source_uri: str, obj: SourceObject, max_bytes: int, refuse: Refuse = r
 
 def _buffer(size: int) -> memoryview:
     """Return room for an object: nothing is joined or copied, and its pages are made as they are filled."""
-    return memoryview(np.empty(size, np.uint8))
+    return np.empty(size, np.uint8).data
 
 
 # --- local files; paths are bytes, since a file name need not be text -----------------------------------------

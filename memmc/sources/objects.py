@@ -102,7 +102,7 @@ Data = bytes | bytearray | memoryview
 Refuse = Callable[[bytes], str | None]
 """Says by an object's first `HEAD_BYTES` for what reason it cannot be an instance; None where it may be one."""
 
-LARGE_BYTES = 64 << 20  # no radiograph is larger
+LARGE_BYTES = 64 << 20  # hardly a radiograph is larger
 HEAD_BYTES = 1 << 10
 
 
