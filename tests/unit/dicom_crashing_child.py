@@ -21,8 +21,6 @@ def misbehave(data, policy, before_pixels=lambda attributes: None):
         os.kill(os.getpid(), signal.SIGSEGV)
     if word == b"exit":
         os._exit(7)
-    while word == b"spin":
-        pass
     if word == b"hang":
         time.sleep(1000)
     if word == b"memory":
