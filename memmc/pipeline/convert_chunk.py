@@ -197,12 +197,12 @@ def _fetch(job: IngestJob, item: SourceObject) -> _Fetched:
         data = job.source.fetch(item, job.policy.ingest.max_file_bytes, refused_by_head)
     except FetchFailed as failure:
         passing = failure.retriable and not item.problem
-        version = _failed_version(item, failure.reason) if passing else item.modified
+        version = failed_version(item, failure.reason) if passing else item.modified
         return _Fetched(item, version, reason=failure.reason)
     return _Fetched(item, item.modified, data, content_key(job.policy.key, data))
 
 
-def _failed_version(item: SourceObject, reason: str) -> str:
+def failed_version(item: SourceObject, reason: str) -> str:
     """Return the version in the key of a row of a failure that may pass.
 
     It gets a key of its own: the row does not stand for what a later run may be given, and a later run that fails
@@ -213,7 +213,7 @@ def _failed_version(item: SourceObject, reason: str) -> str:
 
 def _row(job: IngestJob, fetched: _Fetched, converted: Converted) -> dict[str, Any]:
     item, stored = fetched.item, converted.outcome == "stored"
-    version = _failed_version(item, str(converted.reason)) if converted.reason in OVERLOADED else fetched.version
+    version = failed_version(item, str(converted.reason)) if converted.reason in OVERLOADED else fetched.version
     attributes: Mapping[str, Any] = converted.attributes
     patient_key = attributes.get("patient_key")
     return {

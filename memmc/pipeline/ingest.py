@@ -8,13 +8,15 @@ import re
 import time
 import uuid
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from memmc.config import Config
 from memmc.dicom.convert import ConvertPolicy
 from memmc.dicom.deidentify import key_id, object_key
+from memmc.dicom.reasons import OVERLOADED
 from memmc.errors import DataError, StorageError, UsageError
 from memmc.lake.erasure import erased_contents
 from memmc.lake.tables import Lake
@@ -22,7 +24,7 @@ from memmc.lake.vacuum import lease
 from memmc.lake.views import refuse_view
 from memmc.pipeline.audit import recorded
 from memmc.pipeline.convert_all import convert_all
-from memmc.pipeline.convert_chunk import IngestJob, WrittenShard
+from memmc.pipeline.convert_chunk import IngestJob, WrittenShard, failed_version
 from memmc.pipeline.cursor import cursor_entry, last_cursor
 from memmc.pipeline.identity import home_directory, identity_key, key_for_preview
 from memmc.pipeline.labels import read_labels
@@ -31,18 +33,19 @@ from memmc.pipeline.results import IngestResult, PlanResult
 from memmc.pipeline.settle import (
     ALREADY_INGESTED,
     failed_objects,
+    given_up,
     object_rows,
     publish,
-    refused_contents,
     seen_objects,
 )
-from memmc.pipeline.vault import vault_of, withdraw
+from memmc.pipeline.vault import vault_of
 from memmc.sources.objects import FILE_CHECKSUM, FILE_UNREADABLE, STORE_FAILURES, Cursor, SourceObject
 from memmc.sources.open import FileSource, open_source
 
 logger = logging.getLogger(__name__)
 
 _COHORT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_TRIED_FOR = timedelta(days=7)  # what ran out of time or memory: nobody waits for it twice an ingest for ever
 _LEAST_FAILURES, _MOST_FAILING = 3, 0.25  # a source that fails on more than this itself has failed
 _LEAST_JUDGED, _REMARKABLE = 200, 0.05  # of fewer new objects a share says little; of more, this one is worth a word
 
@@ -107,8 +110,6 @@ def ingest(
             check_source(job, shards, len(new))
             metadata |= reached(planned, shards)
             version, shards, dropped = publish(lake, job, shards, len(new), metadata)
-        if job.vault is not None:
-            withdraw(job.vault, job.run, refused_contents(shards))
         rows = object_rows(job, shards)
         outcomes.update(row["outcome"] for row in rows)
         outcomes.update("duplicate" if reason == ALREADY_INGESTED else "quarantined" for reason in dropped)
@@ -205,17 +206,20 @@ def plan(
     progress.stage("list")
     if not dry_run:
         lake.probe()
-    seen = seen_objects(lake, cohort)
+    started = datetime.now(UTC)
+    seen, lost = seen_objects(lake, cohort), given_up(lake, cohort, started - _TRIED_FOR)
 
     def is_new(item: SourceObject) -> bool:
-        return object_key(key, place.uri, item.path, item.size, item.modified) not in seen
+        def has(keys: Collection[str], version: str) -> bool:
+            return bool(keys) and object_key(key, place.uri, item.path, item.size, version) in keys
+
+        return not (has(seen, item.modified) or any(has(lost, failed_version(item, reason)) for reason in OVERLOADED))
 
     cursor = last_cursor(lake, key, place.uri, cohort) if place.has_cursor else None
     listing = place.listing(cursor, is_new, progress.advance)
     if listing.whole:
         labels.check_against(item.path for item in listing.objects)
     new = [item for item in listing.objects if is_new(item)]
-    started = datetime.now(UTC)
     job = IngestJob(
         run=f"ingest-{cohort}-{started:%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}",
         cohort=cohort,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from datetime import datetime
 from typing import Any
 
 from memmc.dicom.reasons import OVERLOADED
@@ -13,6 +14,7 @@ from memmc.lake.schemas import INSTANCES
 from memmc.lake.shards import read_shard
 from memmc.lake.tables import Lake
 from memmc.pipeline.convert_chunk import IngestJob, WrittenShard, write_partition
+from memmc.pipeline.vault import withdraw
 from memmc.sources.objects import RETRIABLE
 
 ROUNDS = 8  # of settling anew because another ingest of the cohort committed first
@@ -62,6 +64,8 @@ def publish(
         ]
         shards = settle(job, shards, stored_contents(lake, job.cohort), known, erased_contents(lake, job.cohort))
         check_balance(listed - len(dropped), [row["object_key"] for row in object_rows(job, shards)])
+        if job.vault is not None:  # before the commit: who is killed in between has stored nothing yet
+            withdraw(job.vault, job.run, refused_contents(shards))
         if listed == len(dropped):
             return lake.version(INSTANCES), shards, dropped
         try:
@@ -183,6 +187,15 @@ def failed_objects(lake: Lake, cohort: str) -> frozenset[str]:
         return frozenset()
     where = {"cohort": cohort, "outcome": "quarantined", "reason": sorted(_MAY_PASS)}
     return frozenset(lake.read(INSTANCES, ["object_key"], filter=where)["object_key"].to_pylist())
+
+
+def given_up(lake: Lake, cohort: str, before: datetime) -> frozenset[str]:
+    """Return the object keys of what ran out of time or memory before a moment and has done so ever since."""
+    if not lake.exists(INSTANCES):
+        return frozenset()
+    where = {"cohort": cohort, "outcome": "quarantined", "reason": sorted(OVERLOADED)}
+    rows = lake.read(INSTANCES, ["object_key", "ingested_at"], filter=where)
+    return frozenset(row["object_key"] for row in rows.to_pylist() if row["ingested_at"] < before)
 
 
 def stored_contents(lake: Lake, cohort: str) -> dict[str, str]:

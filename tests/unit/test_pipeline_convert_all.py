@@ -207,6 +207,10 @@ def test_an_object_that_a_loaded_machine_did_not_convert_is_tried_again(place, m
     assert (first.stored, first.quarantined, first.reasons) == (2, 1, {reason: 1})
     same = ingest(settings(), "in", "c")
     assert (same.version, same.quarantined, same.reasons) == (first.version, 1, {reason: 1, "already_ingested": 2})
+    with monkeypatch.context() as later:
+        later.setattr(ingest_module, "_TRIED_FOR", timedelta(0))
+        given_up = ingest(settings(), "in", "c")
+    assert (given_up.version, given_up.duplicate, given_up.quarantined) == (first.version, 3, 0)
     failing.clear()
     healed = ingest(settings(), "in", "c")
     assert (healed.stored, healed.duplicate) == (1, 2)
