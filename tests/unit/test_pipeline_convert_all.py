@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
