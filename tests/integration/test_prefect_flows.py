@@ -15,7 +15,15 @@ import urllib.request
 import pytest
 
 from memmc.config import load_config
-from memmc.errors import DataError, GateRefused, IdentityKeyError, PreprocessMismatch, StorageError, UsageError
+from memmc.errors import (
+    DataError,
+    GateRefused,
+    IdentityKeyError,
+    MissingClassError,
+    PreprocessMismatch,
+    StorageError,
+    UsageError,
+)
 from memmc.pipeline.progress import Silent
 from memmc.pipeline.results import EvaluationResult, IngestResult, ReportResult, ScoreResult, TrainResult
 
@@ -286,16 +294,22 @@ def test_score_measures_and_reports_on_request(home, client, monkeypatch):
 def test_a_cohort_without_labels_is_scored_and_not_measured(home, client, monkeypatch):
     from flows import score
 
-    def unlabelled(*_, **__):
-        raise DataError("no labelled image")
+    def refused(error):
+        def evaluate(*_, **__):
+            raise error
+
+        return evaluate
 
     fake(monkeypatch, "score", lambda config, cohort, model, *, since, limit, progress: SCORED)
-    fake(monkeypatch, "evaluate", unlabelled)
+    fake(monkeypatch, "evaluate", refused(MissingClassError("no labelled image")))
     assert score.run(load_config(), "cxr", home=home, progress=Silent(), evaluate=True) == SCORED
     run = newest_run(client)
     assert run.state.is_completed()
     assert set(artifacts_of(client, run)) == {"score-cxr"}
     assert "not evaluated: no labelled image" in logs_of(client, run, "not evaluated")
+    fake(monkeypatch, "evaluate", refused(DataError("the window is closed")))
+    with pytest.raises(DataError, match="the window is closed"):
+        score.run(load_config(), "cxr", home=home, progress=Silent(), evaluate=True)
 
 
 def test_progress_is_throttled(home, client, monkeypatch):

@@ -227,6 +227,7 @@ def test_a_bucket_is_searched_and_holds_a_vault(bucket: str, tmp_path: Path) -> 
     make_keys(tmp_path / "private.pem", tmp_path / "public.pem", None)
     vault, public = Storage.open(f"{bucket}/v"), read_public_key(tmp_path / "public.pem")
     entry = {"sop_instance_uid": "2.25.1", "object_uid": "2.25.1", "patient_key": "0" * 64, "study_uid": "2.25.2"}
+    entry |= {"content_key": "1" * 64}
     sealed = seal_originals(instance("MRN7QUOXX"), "2.25.1", public)
     write_entries(vault, public, [{**entry, "sealed": sealed, "ingest_run": "r", "ingested_at": datetime.now(UTC)}])
     clean = memmc(*asked, cwd=tmp_path)
