@@ -225,10 +225,9 @@ def overrides_of(config: Config) -> Overrides:
         section: {key: value for key, value in fields.items() if value != baseline[section][key]}
         for section, fields in tree.items()
     }
+    defaults = Config().model_dump(mode="json")
     for section, fields in chosen.items():
-        found[section] |= {
-            key: value for key, value in fields.items() if value != getattr(getattr(Config(), section), key)
-        }
+        found[section] |= {key: value for key, value in fields.items() if value != defaults[section][key]}
     return {section: fields for section, fields in found.items() if fields}
 
 

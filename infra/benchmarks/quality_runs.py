@@ -195,18 +195,21 @@ def _table(data: QualitySet, question: Question, made: Mapping[tuple[str, int], 
     cells = [(name, len(row.areas), row, "" if row is first else row.ahead_of(first)) for name, row in rows]
     run = next(iter(made.values()))
     controls = [(f"control: {name}", "", f"{area:.3f}", "") for name, area in run["controls"].items()]
-    sizes = ", ".join(
-        f"{variant} {made[variant, seed]['models'][LAST]['parameters']:,} parameters, "
-        f"{made[variant, seed]['training']['steps']} steps, loss {made[variant, seed]['training']['loss']:.4f}, "
-        f"ranks as the mean image {rank_correlation(_default(made[variant, seed]), without_model[DEFAULT]):.2f}"
-        for variant, seed in made
-    )
+    told = [f"* {variant}, seed {seed}: {_told(run, without_model[DEFAULT])}" for (variant, seed), run in made.items()]
     header = ("variant: score", "seeds", "AUROC, sd over seeds (95 % of patients)", f"minus {rows[0][0]}")
-    return f"{markdown(header, [*cells, *controls])}\n\nRuns: {sizes}."
+    return f"{markdown(header, [*cells, *controls])}\n\nRuns:\n\n{chr(10).join(told)}"
 
 
-def _default(run: Mapping[str, Any]) -> list[float]:
-    return run["models"][LAST]["scores"][DEFAULT]
+def _told(run: Mapping[str, Any], mean_image: list[float]) -> str:
+    """Return what a run was: its size and length, its errors, and how far its order is the mean image's."""
+    training, model = run["training"], run["models"][LAST]
+    text = f"{model['parameters']:,} parameters, {training['steps']} steps, loss {training['loss']:.4f}"
+    text += f", ranks as the mean image {rank_correlation(model['scores'][DEFAULT], mean_image):.2f}"
+    if looks := training["looks"]:
+        least = min(looks, key=lambda look: look["val_error"])
+        text += f", error of held-out normals {looks[-1]['val_error']:.3f} at the end and least at step"
+        text += f" {least['step']:.0f}, planted lesions select step {training['selected_step']}"
+    return text
 
 
 def main() -> int:

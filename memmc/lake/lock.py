@@ -8,13 +8,14 @@ has not changed for `SILENT_S` of the waiter's own clock, so that clocks need no
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
-import threading
 import time
 import uuid
 from collections.abc import Generator
 
 from memmc.errors import StorageError
+from memmc.lake.refresh import refreshed
 from memmc.lake.storage import Storage
 from memmc.s3 import AbsentError
 
@@ -37,23 +38,11 @@ def locked(storage: Storage, folder: str) -> Generator[None]:
         StorageError: the place cannot be read or written.
     """
     owner = uuid.uuid4().hex
-    name = _take(storage, folder, owner)
-    done = threading.Event()
-
-    def refresh() -> None:
-        beat = 0
-        while not done.wait(REFRESH_S):
-            beat += 1
-            with contextlib.suppress(StorageError):  # the next refresh may find the store again
-                storage.write(name, f"{owner} {beat}".encode())
-
-    thread = threading.Thread(target=refresh, daemon=True, name="lock")
-    thread.start()
+    name, beats = _take(storage, folder, owner), itertools.count()
     try:
-        yield
+        with refreshed(lambda: storage.write(name, f"{owner} {next(beats)}".encode()), REFRESH_S, "lock"):
+            yield
     finally:
-        done.set()
-        thread.join()
         with contextlib.suppress(StorageError):  # a lock that is not given back is followed when it falls silent
             storage.write(name, _FREE)
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import threading
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from memmc import s3
+from memmc.lake.refresh import refreshed
 from memmc.lake.schemas import SCHEMAS
 from memmc.lake.storage import Storage
 from memmc.lake.tables import Lake
@@ -46,21 +46,11 @@ class Litter:
 def lease(lake: Lake, run: str) -> Generator[None]:
     """Keep, while the body runs, every file written since from any vacuum; a killed run's lease runs out by itself."""
     name, since = f"{LEASES}/{run}.json", time.time()
-    done = threading.Event()
-
-    def refresh() -> None:
-        while not done.wait(LEASE_REFRESH_S):
-            with contextlib.suppress(s3.StorageError):  # the next refresh may find the store again
-                _write_lease(lake.storage, name, since)
-
     _write_lease(lake.storage, name, since)
-    thread = threading.Thread(target=refresh, daemon=True, name="lease")
-    thread.start()
     try:
-        yield
+        with refreshed(lambda: _write_lease(lake.storage, name, since), LEASE_REFRESH_S, "lease"):
+            yield
     finally:
-        done.set()
-        thread.join()
         lake.storage.delete(name)
 
 

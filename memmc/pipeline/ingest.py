@@ -93,33 +93,17 @@ def ingest(
     began = time.monotonic()
     progress = progress or Silent()
     check_cohort(cohort)
-    home = home_directory()
     planned = plan(config, source, cohort, label, labels_file, progress)
-    job, known, new = planned.job, planned.known, planned.new
-    reasons: Counter[str] = Counter()
-    if known:
-        reasons[ALREADY_INGESTED] = known
-    outcomes: Counter[str] = Counter(duplicate=known)
-    rows: list[dict[str, Any]] = []
-    lake = Lake(config.lake.uri)
-    if new:
-        progress.stage("ingest", len(new))
-        metadata = {"cohort": cohort, "preprocess_id": job.preprocess_id, "config_id": config.config_id}
-        with lease(lake, job.run):
-            shards = convert_all(config, job, new, home, progress)
-            check_source(job, shards, len(new))
-            metadata |= reached(planned, shards)
-            version, shards, dropped = publish(lake, job, shards, len(new), metadata)
-        rows = object_rows(job, shards)
-        outcomes.update(row["outcome"] for row in rows)
-        outcomes.update("duplicate" if reason == ALREADY_INGESTED else "quarantined" for reason in dropped)
-        reasons.update([row["reason"] for row in rows if row["reason"]] + dropped)
-    else:
-        version = lake.version("instances") if lake.exists("instances") else -1
-    logger.info("ingest %s: %d objects, %s", job.run, known + len(new), dict(outcomes))
+    job, seen = planned.job, planned.known + len(planned.new)
+    version, rows, dropped = _bring(config, planned, progress)
+    dropped += [ALREADY_INGESTED] * planned.known
+    reasons = Counter([row["reason"] for row in rows if row["reason"]] + dropped)
+    outcomes = Counter(row["outcome"] for row in rows)
+    outcomes.update("duplicate" if reason == ALREADY_INGESTED else "quarantined" for reason in dropped)
+    logger.info("ingest %s: %d objects, %s", job.run, seen, dict(outcomes))
     check_quarantined(rows, config.ingest.max_quarantined, progress)
     return IngestResult(
-        seen=known + len(new),
+        seen=seen,
         stored=outcomes["stored"],
         duplicate=outcomes["duplicate"],
         excluded=outcomes["excluded"],
@@ -131,6 +115,21 @@ def ingest(
         pending=planned.pending,
         seconds=round(time.monotonic() - began, 2),
     )
+
+
+def _bring(config: Config, planned: Plan, progress: Progress) -> tuple[int, list[dict[str, Any]], list[str]]:
+    """Convert and commit what is new; return the table's version and what `publish` says of the objects."""
+    lake, job, new = Lake(config.lake.uri), planned.job, planned.new
+    if not new:
+        return lake.version("instances") if lake.exists("instances") else -1, [], []
+    progress.stage("ingest", len(new))
+    metadata = {"cohort": job.cohort, "preprocess_id": job.preprocess_id, "config_id": config.config_id}
+    with lease(lake, job.run):
+        shards = convert_all(config, job, new, home_directory(), progress)
+        check_source(job, shards, len(new))
+        metadata |= reached(planned, shards)
+        version, shards, dropped = publish(lake, job, shards, len(new), metadata)
+    return version, object_rows(job, shards), dropped
 
 
 def preview(

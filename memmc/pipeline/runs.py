@@ -10,10 +10,9 @@ import hashlib
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 import psutil
 
 from memmc.config import Config
-from memmc.errors import GateRefused, StorageError, UsageError
+from memmc.errors import GateRefused, UsageError
+from memmc.lake.refresh import refreshed
 from memmc.lake.storage import Storage
 
 _FOLDER = "training/records"
@@ -144,29 +144,20 @@ def driving(storage: Storage, record: RunRecord, *, taking_over: bool) -> Genera
     me = psutil.Process(os.getpid())
     number = record.driver + 1 if taking_over else 1
     mine = replace(record, driver=number, host=socket.gethostname(), pid=me.pid, began_at=me.create_time())
-    over = threading.Event()
 
     def beat() -> None:
         storage.write(f"{mine.folder}/beat-{number:04d}.json", _document({"at": time.time()}))
 
-    def keep_beating() -> None:
-        while not over.wait(_BEAT_S):
-            with suppress(StorageError):  # a beat that is lost is no reason to end a run
-                beat()
-
     beat()  # before the driver is seen: one without a beat counts as dead
     if not storage.create(f"{mine.folder}/driver-{number:04d}.json", _document(asdict(mine))):
         raise GateRefused(f"run {record.run} has just been taken over by another process; see that one")
-    thread = threading.Thread(target=keep_beating, daemon=True, name="driver-beat")
-    thread.start()
     _AT_WORK.add(mine.folder)
     try:
-        yield mine
-        storage.write(f"{mine.folder}/ended.json", _document({"driver": number}))
+        with refreshed(beat, _BEAT_S, "driver-beat"):
+            yield mine
+            storage.write(f"{mine.folder}/ended.json", _document({"driver": number}))
     finally:
         _AT_WORK.discard(mine.folder)
-        over.set()
-        thread.join()
 
 
 def _document(content: dict[str, Any]) -> bytes:

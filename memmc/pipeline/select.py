@@ -109,17 +109,19 @@ def one_preparation(rows: list[dict[str, Any]] | pa.Table) -> dict[str, Any]:
 def met_patients(lake: Lake, model: OpenModel) -> set[str]:
     """Return the patients that a model, or one that it began from, learned, and those that it was calibrated on.
 
-    Whatever their images are called by now.
+    Whatever their images are called by now. What a model of another lake learned there is not here: of a cohort with
+    the same name, the newest version stands for it.
     """
+    newest = lake.version(INSTANCES)
     line = model.learned_from
     shares = [(model.cohort, line.pop(model.cohort), _MET_SPLITS)]
     shares += [(cohort, version, ("train",)) for cohort, version in line.items()]
     shares += [(cohort, version, ("calibrate",)) for cohort, version in calibrated_on(lake, model)]
-    return {
-        patient
-        for cohort, version, splits in shares
-        for patient in ever_normal(lake, cohort, version, splits, ["patient_key"])["patient_key"].to_pylist()
-    }
+    met = set[str]()
+    for cohort, version, splits in shares:
+        rows = ever_normal(lake, cohort, min(version, newest), splits, ["patient_key"])
+        met |= set(rows["patient_key"].to_pylist())
+    return met
 
 
 def one_a_patient(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

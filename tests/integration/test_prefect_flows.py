@@ -11,6 +11,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+from unittest.mock import Mock
 
 import pytest
 
@@ -294,20 +295,14 @@ def test_score_measures_and_reports_on_request(home, client, monkeypatch):
 def test_a_cohort_without_labels_is_scored_and_not_measured(home, client, monkeypatch):
     from flows import score
 
-    def refused(error):
-        def evaluate(*_, **__):
-            raise error
-
-        return evaluate
-
     fake(monkeypatch, "score", lambda config, cohort, model, *, since, limit, progress: SCORED)
-    fake(monkeypatch, "evaluate", refused(MissingClassError("no labelled image")))
+    fake(monkeypatch, "evaluate", Mock(side_effect=MissingClassError("no labelled image")))
     assert score.run(load_config(), "cxr", home=home, progress=Silent(), evaluate=True) == SCORED
     run = newest_run(client)
     assert run.state.is_completed()
     assert set(artifacts_of(client, run)) == {"score-cxr"}
     assert "not evaluated: no labelled image" in logs_of(client, run, "not evaluated")
-    fake(monkeypatch, "evaluate", refused(DataError("the window is closed")))
+    fake(monkeypatch, "evaluate", Mock(side_effect=DataError("the window is closed")))
     with pytest.raises(DataError, match="the window is closed"):
         score.run(load_config(), "cxr", home=home, progress=Silent(), evaluate=True)
 

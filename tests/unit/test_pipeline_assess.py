@@ -130,3 +130,6 @@ def test_what_the_model_it_began_from_had_learned_is_not_unseen(lake):
     learned = {row["patient_key"] for row in normals(lake, "cxr", "train", 1)}
     assert selection.met_patients(lake, begun) == learned
     assert begun.learned_from == {"cxr": 1, "ward": 0}
+    assert lake.version(INSTANCES) < 99  # versions of another lake say nothing here, and stop nothing
+    foreign = replace(begun, ancestors={"cxr": 99, "elsewhere": 99, "ward": 99})
+    assert learned <= selection.met_patients(lake, foreign)
