@@ -38,6 +38,7 @@ Overrides = dict[str, dict[str, Any]]
 RETRY_DELAYS_S = [2.0, 10.0]
 PLACES: Mapping[str, frozenset[str]] = {
     "source": frozenset({"uri", "labels_file", "user", "password_file", "token_file", "ca_file"}),
+    "push": frozenset({"uri", "user", "password_file", "token_file", "ca_file"}),
     "deid": frozenset({"key_file"}),
 }
 """Settings, by section, that Prefect is not shown: a path may be called after a patient, or lead to a secret."""

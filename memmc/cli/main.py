@@ -26,6 +26,7 @@ from memmc.cli import (
     packaging,
     privacy,
     promoting,
+    pushing,
     retraining,
     selection,
     summaries,
@@ -355,6 +356,7 @@ app.command(name="drift")(watching.drift)
 app.command(name="monitor")(watching.monitor)
 app.command(name="maps")(mapping.maps)
 app.command(name="explain")(mapping.explain)
+app.command(name="push")(pushing.push)
 
 
 def _version(asked: bool) -> None:

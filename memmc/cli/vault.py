@@ -15,6 +15,10 @@ from memmc.errors import UsageError
 
 PASSPHRASE_VARIABLE = "MEMMC_VAULT_PASSPHRASE"
 
+PrivateKeyOption = Annotated[
+    Path, typer.Option("--private-key-file", metavar="FILE", help="The key that opens the vault.")
+]
+
 app = typer.Typer(no_args_is_help=True, help="Keys of the identity vault, and the way back from pseudonyms.")
 
 
@@ -50,9 +54,7 @@ def init(
 @app.command()
 def resolve(
     uids: Annotated[str, typer.Option("--uids", metavar="FILE", help="One sop_instance_uid a line; - for stdin.")],
-    private_key_file: Annotated[
-        Path, typer.Option("--private-key-file", metavar="FILE", help="The key that opens the vault.")
-    ],
+    private_key_file: PrivateKeyOption,
     config: ConfigOption = None,
     settings: SetOption = None,
     as_json: JsonOption = False,
@@ -62,7 +64,7 @@ def resolve(
     from memmc.pipeline.vault import resolve as step
 
     with call(None, config, settings, as_json=as_json) as run:
-        key = read_private_key(private_key_file, _given_passphrase(private_key_file))
+        key = read_private_key(private_key_file, given_passphrase(private_key_file))
         result = step(run.config, _lines(uids), key)
         run.finish(result, lambda: json.dumps(result.originals, indent=1, ensure_ascii=False))
     if result.missing:
@@ -80,7 +82,8 @@ def _lines(uids: str) -> list[str]:
         raise UsageError("--uids cannot be read; give a text file with one sop_instance_uid a line, or -") from None
 
 
-def _given_passphrase(key_file: Path) -> str | None:
+def given_passphrase(key_file: Path) -> str | None:
+    """Return the passphrase of a private key that has one, from the environment or the terminal."""
     try:
         locked = b"ENCRYPTED" in key_file.read_bytes()[:64]
     except OSError:

@@ -19,6 +19,7 @@ from memmc.config.data import (
 from memmc.config.load import load_config
 from memmc.config.monitor import MonitorConfig
 from memmc.config.operation import OperateConfig, RayConfig, TrackingConfig
+from memmc.config.push import PushConfig
 from memmc.config.retrain import PromoteConfig, RetrainConfig
 from memmc.config.scoring import CalibrateConfig, EvaluateConfig, ScoreConfig, ScorerName
 from memmc.config.training import PRESET_SIDES, PRESETS, ModelConfig, Preset, TrainConfig
@@ -40,6 +41,7 @@ __all__ = [
     "OperateConfig",
     "Preset",
     "PromoteConfig",
+    "PushConfig",
     "QualityConfig",
     "RayConfig",
     "RetrainConfig",

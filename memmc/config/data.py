@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from memmc.config.section import Fraction, Positive, Section
+from memmc.config.section import Fraction, Positive, Section, ServerSection
 
 
 class LakeConfig(Section):
@@ -112,7 +112,7 @@ class SelectConfig(Section):
     )
 
 
-class SourceConfig(Section):
+class SourceConfig(ServerSection):
     """How archives and ZIP files are listed and read. A password may also stand in MEMMC_SOURCE_PASSWORD."""
 
     uri: str | None = Field(
@@ -122,18 +122,9 @@ class SourceConfig(Section):
     labels_file: str | None = Field(
         default=None, description="CSV of labels that go with `uri`: columns path (or SOPInstanceUID) and label."
     )
-    user: str | None = Field(default=None, description="User of an Orthanc or DICOMweb server (HTTP Basic).")
-    password_file: str | None = Field(default=None, description="File whose first line is that user's password.")
-    token_file: str | None = Field(default=None, description="File whose first line is a bearer token, instead.")
-    ca_file: str | None = Field(
-        default=None, description="PEM certificates that a server's chain must end in; the system's when absent."
-    )
     quiet_seconds: float = Field(
         default=60.0, ge=0, description="A study is complete when nothing has arrived for so long, s; 0 takes all."
     )
-    connect_seconds: float = Field(default=5.0, gt=0, description="Time to reach a server, s.")
-    read_seconds: float = Field(default=20.0, gt=0, description="Time a server may stay silent, s.")
-    answer_seconds: float = Field(default=300.0, gt=0, description="Time one whole answer may take, s.")
     modalities: tuple[str, ...] = Field(
         default=(),
         description="DICOMweb: only studies with one of these Modalities in Study (0008,0061); all if empty.",

@@ -22,6 +22,7 @@ from memmc.config.data import (
 )
 from memmc.config.monitor import MonitorConfig
 from memmc.config.operation import OperateConfig, RayConfig, TrackingConfig
+from memmc.config.push import PushConfig
 from memmc.config.retrain import PromoteConfig, RetrainConfig
 from memmc.config.scoring import CalibrateConfig, EvaluateConfig, ScoreConfig
 from memmc.config.section import Section
@@ -47,6 +48,7 @@ class Config(Section):
     promote: PromoteConfig = PromoteConfig()
     retrain: RetrainConfig = RetrainConfig()
     monitor: MonitorConfig = MonitorConfig()
+    push: PushConfig = PushConfig()
     cockpit: CockpitConfig = CockpitConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
@@ -72,7 +74,7 @@ class Config(Section):
     @property
     def config_id(self) -> str:
         """16 hex digits naming the whole tree but for places (lake, source, tracking, ray, key file) and operation."""
-        places = {"lake", "source", "tracking", "ray", "deid"}
+        places = {"lake", "source", "push", "tracking", "ray", "deid"}
         return config_hash(self, exclude=places | {"cockpit", "monitor", "operate", "promote", "retrain"})
 
 

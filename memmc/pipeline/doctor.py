@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from packaging.version import Version
@@ -57,6 +58,8 @@ def examine(config: Config, progress: Progress | None = None, source: str | None
     ]
     if source is not None:
         checks.append(("source", lambda: look_at_source(config, source)))
+    if config.push.uri is not None:
+        checks.append(("archive", lambda: look_at_archive(config)))
     progress.stage("doctor", len(checks))
     results: list[Check] = []
     for number, (name, check) in enumerate(checks, start=1):
@@ -141,6 +144,14 @@ def look_at_source(config: Config, source: str) -> Finding:
     from memmc.sources.open import open_source
 
     return open_source(source, config.source, os.environ).check(), ""
+
+
+def look_at_archive(config: Config) -> Finding:
+    """Ask the archive that takes results whether it answers."""
+    from memmc.results.open import open_archive
+
+    with closing(open_archive(config.push, os.environ)) as archive:
+        return archive.check(), ""
 
 
 def _ray(config: Config) -> Finding:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from memmc.config import Config
 from memmc.errors import DataError, StorageError, UsageError
@@ -13,11 +15,13 @@ from memmc.lake.tables import Lake
 from memmc.pipeline.audit import recorded
 from memmc.pipeline.identity import home_directory
 from memmc.pipeline.images import read_images
-from memmc.pipeline.models import open_model
+from memmc.pipeline.models import OpenModel, open_model
 from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import MapsResult
 from memmc.pipeline.select import newest_calibration, score_rows
-from memmc.scoring.maps import decode_map, overlay_png
+from memmc.scoring.maps import decode_map, overlay, png
+
+Picture = NDArray[np.uint8]
 
 SIDE_PX = 512
 _AT_ONCE = 64
@@ -53,37 +57,66 @@ def maps(
     opened = open_model(config, home_directory(), model, cohort)
     calibration = newest_calibration(lake, opened)
     scored = score_rows(lake, cohort, opened, calibration["calibration_id"], ("regions",))
-    chosen = sorted(scored) if uids is None else list(dict.fromkeys(uids))
-    missing = [uid for uid in chosen if uid not in scored]
-    if missing or not chosen:
-        raise DataError(
-            f"{len(missing)} of {len(chosen)} instances have no score of {opened.ref} in cohort '{cohort}'; "
-            f"run `memmc score --cohort {cohort}`"
-        )
+    chosen = wanted(scored, uids, opened, cohort)
     progress.stage("maps", len(chosen))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(chosen), _AT_ONCE):
             some = chosen[start : start + _AT_ONCE]
-            images = read_images(lake, cohort, some)
-            where: dict[str, Any] = {
-                "cohort": cohort,
-                "calibration_id": calibration["calibration_id"],
-                "sop_instance_uid": some,
-                "not_scored": None,  # what was refused before it was scored keeps both rows
-            }
-            columns = ["sop_instance_uid", "anomaly_map", "map_height", "map_width"]
-            kept = {row["sop_instance_uid"]: row for row in lake.read("scores", columns, filter=where).to_pylist()}
-            for uid, image in zip(some, images, strict=True):
-                row = kept[uid]
-                anomaly_map = decode_map(row["anomaly_map"], row["map_height"], row["map_width"])
-                picture = overlay_png(image, anomaly_map, calibration["map_scale"], side_px)
-                regions = scored[uid]["regions"] or []
-                (out / f"{uid}.png").write_bytes(framed(picture, regions, side_px / max(anomaly_map.shape)))
+            for uid, picture in drawn(lake, cohort, some, scored, calibration, side_px).items():
+                (out / f"{uid}.png").write_bytes(png(picture))
             progress.advance(start + len(some))
     except OSError as error:
         raise StorageError(f"pictures cannot be written ({error.strerror}); check --out") from None
     return MapsResult(folder=str(out), cohort=cohort, model=opened.ref, pictures=len(chosen))
+
+
+def wanted(scored: Collection[str], uids: Sequence[str] | None, model: OpenModel, cohort: str) -> list[str]:
+    """Return the instances that are asked for, each once: all that are scored, in their order, where none is named.
+
+    Raises:
+        DataError: there is none, or one has no score.
+    """
+    chosen = sorted(scored) if uids is None else list(dict.fromkeys(uids))
+    missing = sum(uid not in scored for uid in chosen)
+    if missing or not chosen:
+        raise DataError(
+            f"{missing} of {len(chosen)} instances have no score of {model.ref} in cohort '{cohort}'; "
+            f"run `memmc score --cohort {cohort}`"
+        )
+    return chosen
+
+
+def drawn(
+    lake: Lake,
+    cohort: str,
+    uids: Sequence[str],
+    scored: Mapping[str, Mapping[str, Any]],
+    calibration: Mapping[str, Any],
+    side_px: int,
+) -> dict[str, Picture]:
+    """Return the picture of each instance: its heat map on it, its regions framed.
+
+    Args:
+        scored: their rows of `scores` with regions, of that calibration.
+        side_px: longer side of a picture.
+    """
+    images = read_images(lake, cohort, uids)
+    where: dict[str, Any] = {
+        "cohort": cohort,
+        "calibration_id": calibration["calibration_id"],
+        "sop_instance_uid": list(uids),
+        "not_scored": None,  # what was refused before it was scored keeps both rows
+    }
+    columns = ["sop_instance_uid", "anomaly_map", "map_height", "map_width"]
+    kept = {row["sop_instance_uid"]: row for row in lake.read("scores", columns, filter=where).to_pylist()}
+    pictures: dict[str, Picture] = {}
+    for uid, image in zip(uids, images, strict=True):
+        row = kept[uid]
+        anomaly_map = decode_map(row["anomaly_map"], row["map_height"], row["map_width"])
+        picture = overlay(image, anomaly_map, calibration["map_scale"], side_px)
+        pictures[uid] = framed(picture, scored[uid]["regions"] or [], side_px / max(anomaly_map.shape))
+    return pictures
 
 
 def read_uids(file: Path) -> list[str]:
@@ -101,22 +134,19 @@ def read_uids(file: Path) -> list[str]:
     return uids
 
 
-def framed(png: bytes, regions: Sequence[dict[str, Any]], factor: float) -> bytes:
+def framed(picture_HW3: Picture, regions: Sequence[dict[str, Any]], factor: float) -> Picture:
     """Return the picture with a frame around each region.
 
     Args:
-        png: the picture.
         regions: as in `scores.regions`.
         factor: picture px per map px.
     """
     from PIL import Image, ImageDraw
 
-    with Image.open(io.BytesIO(png)) as picture:
-        draw = ImageDraw.Draw(picture)
-        for region in regions:
-            left, top = region["x_px"] * factor, region["y_px"] * factor
-            right, bottom = left + region["width_px"] * factor, top + region["height_px"] * factor
-            draw.rectangle((left - 1, top - 1, right, bottom), outline=_BOX_COLOUR, width=2)
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+    page = Image.fromarray(picture_HW3, mode="RGB")
+    draw = ImageDraw.Draw(page)
+    for region in regions:
+        left, top = region["x_px"] * factor, region["y_px"] * factor
+        right, bottom = left + region["width_px"] * factor, top + region["height_px"] * factor
+        draw.rectangle((left - 1, top - 1, right, bottom), outline=_BOX_COLOUR, width=2)
+    return np.asarray(page)

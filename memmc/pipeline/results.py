@@ -228,6 +228,32 @@ class MapsResult(Result):
 
 
 @dataclass(frozen=True)
+class PushResult(Result):
+    """What went to an archive.
+
+    Attributes:
+        archive: its URI, or the folder.
+        images: scored images that were chosen; each is in `pushed`, `present` or `failed`.
+        pushed: images of which at least one object was sent now; with `--dry-run`, would be.
+        present: images all of whose objects the archive had already.
+        objects: objects sent.
+        reasons: how many images failed by reason code.
+        failures: pseudonymous SOP Instance UID -> reason code.
+    """
+
+    archive: str
+    cohort: str
+    model: str
+    images: int
+    pushed: int
+    present: int
+    failed: int
+    objects: int
+    reasons: dict[str, int]
+    failures: dict[str, str]
+
+
+@dataclass(frozen=True)
 class WhyResult(Result):
     """What stands behind one score.
 

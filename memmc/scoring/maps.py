@@ -87,8 +87,8 @@ def heat_colours(anomaly_map_HW: Floats, scale: float) -> tuple[NDArray[np.uint8
     return np.stack(channels, axis=-1).round().astype(np.uint8), MAX_ALPHA * level_HW
 
 
-def overlay_png(image_HW: Floats, anomaly_map_HW: Floats, scale: float, side: int | None = None) -> bytes:
-    """Return an RGB PNG of the grey image with the heat laid over it.
+def overlay(image_HW: Floats, anomaly_map_HW: Floats, scale: float, side: int | None = None) -> NDArray[np.uint8]:
+    """Return the grey image with the heat laid over it, RGB (H, W, 3).
 
     Args:
         image_HW: in [0, 1]; colour images are (H, W, C) and shown by their mean.
@@ -112,8 +112,20 @@ def overlay_png(image_HW: Floats, anomaly_map_HW: Floats, scale: float, side: in
     heat = Image.fromarray(anomaly_map_HW.astype(np.float32)).resize((width, height), bilinear)
     colours, alpha = heat_colours(np.asarray(heat), scale)
     mixed = np.asarray(grey)[..., None] * 255.0 * (1 - alpha[..., None]) + colours * alpha[..., None]
+    return mixed.round().astype(np.uint8)
+
+
+def overlay_png(image_HW: Floats, anomaly_map_HW: Floats, scale: float, side: int | None = None) -> bytes:
+    """Return `overlay` as PNG."""
+    return png(overlay(image_HW, anomaly_map_HW, scale, side))
+
+
+def png(picture_HW3: NDArray[np.uint8]) -> bytes:
+    """Return an RGB picture as PNG."""
+    from PIL import Image
+
     buffer = io.BytesIO()
-    Image.fromarray(mixed.round().astype(np.uint8), mode="RGB").save(buffer, format="PNG")
+    Image.fromarray(picture_HW3, mode="RGB").save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -13,8 +13,9 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from memmc.config import SourceConfig
+from memmc.config.section import ServerSection
 from memmc.errors import ConfigError, StorageError, UsageError
 from memmc.sources.objects import (
     FILE_CHANGED_DURING_READ,
@@ -43,7 +44,6 @@ from memmc.sources.objects import (
 Asked = TypeVar("Asked")
 Answered = TypeVar("Answered")
 
-PASSWORD_VARIABLE = "MEMMC_SOURCE_PASSWORD"
 RETRY_DELAYS_S = (0.5, 2.0)
 MAX_JSON_BYTES = 64 << 20
 REQUESTS_AT_ONCE = 8
@@ -69,15 +69,20 @@ class Access:
     answer_seconds: float = 300.0
 
     @classmethod
-    def of(cls, settings: SourceConfig, environment: Mapping[str, str]) -> Access:
+    def of(cls, settings: ServerSection, environment: Mapping[str, str], section: str = "source") -> Access:
         """Read the files that the settings name, here, so that workers need none of them.
+
+        Args:
+            settings: of the section.
+            environment: may hold the password.
+            section: its name.
 
         Raises:
             ConfigError: a file cannot be read, or a user has no password.
         """
         return cls(
-            authorization=_authorization(settings, environment),
-            ca_pem=_text(settings.ca_file, "ca_file") if settings.ca_file else None,
+            authorization=_authorization(settings, environment, section),
+            ca_pem=_text(settings.ca_file, f"{section}.ca_file") if settings.ca_file else None,
             connect_seconds=settings.connect_seconds,
             read_seconds=settings.read_seconds,
             answer_seconds=settings.answer_seconds,
@@ -100,11 +105,17 @@ class _PassingError(Exception):
         self.reason = reason
 
 
-def server_url(uri: str) -> tuple[str, str]:
-    """Return the source's URI in one spelling, and the server's URL.
+def password_variable(section: str) -> str:
+    """Return the environment variable that may hold the password of a section's server."""
+    return f"MEMMC_{section.upper()}_PASSWORD"
+
+
+def server_url(uri: str, section: str = "source") -> tuple[str, str]:
+    """Return a server's URI in one spelling, and its URL.
 
     Args:
         uri: ``orthanc+http(s)://host[:port][/path]`` or ``dicomweb+...``.
+        section: whose server it is.
 
     Raises:
         UsageError: not of that form. The text does not repeat the URI.
@@ -117,10 +128,11 @@ def server_url(uri: str) -> tuple[str, str]:
         host, port, parts = None, None, urlsplit("")
     if parts.username is not None or parts.password is not None or "@" in parts.netloc:
         raise UsageError(
-            "the source URI holds a user or password; set source.user, and source.password_file or " + PASSWORD_VARIABLE
+            f"the {section} URI holds a user or password; set {section}.user, and {section}.password_file or "
+            + password_variable(section)
         )
     if parts.scheme not in {"http", "https"} or not host or parts.query or parts.fragment:
-        raise UsageError(f"the source URI is not understood; expected {kind}+https://host:port/path")
+        raise UsageError(f"the {section} URI is not understood; expected {kind}+https://host:port/path")
     name = f"[{host}]" if ":" in host else host
     url = f"{parts.scheme}://{name}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
     return f"{kind}+{url}", url
@@ -155,6 +167,43 @@ def get(
         if delay:
             time.sleep(delay)
     raise FetchFailed(reason)
+
+
+def post(
+    access: Access, url: str, body: bytes, *, content_type: str, accept: str, delays_s: Sequence[float] = RETRY_DELAYS_S
+) -> tuple[int, bytes]:
+    """Return status and body of the answer to a request that may be made twice.
+
+    Args:
+        delays_s: between tries, s.
+
+    Raises:
+        FetchFailed: STORE_AUTH, STORE_TLS or STORE_TIMEOUT, as `get`; FILE_UNREADABLE for a server's error that stays.
+    """
+    reason = STORE_TIMEOUT
+    for delay in (*delays_s, None):
+        try:
+            return _post_once(access, url, body, {"Content-Type": content_type, "Accept": accept})
+        except _PassingError as error:
+            reason = error.reason
+        if delay is not None:
+            time.sleep(delay)
+    raise FetchFailed(reason)
+
+
+def _post_once(access: Access, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
+    with (
+        _failures_told(),
+        _client(os.getpid(), access).stream("POST", url, content=body, headers=dict(headers)) as answer,
+    ):
+        if answer.status_code >= 500 or answer.status_code in _BUSY | {401, 403, 407} or answer.is_redirect:
+            _check_status(answer.status_code)
+        found = bytearray()
+        for chunk in answer.iter_bytes():
+            found += chunk
+            if len(found) > MAX_JSON_BYTES:
+                raise FetchFailed(FILE_TOO_LARGE)
+        return answer.status_code, bytes(found)
 
 
 def ask(
@@ -226,20 +275,29 @@ def _get_once(
 ) -> Answer:
     deadline = time.monotonic() + access.answer_seconds
     body = bytearray()
+    with (
+        _failures_told(),
+        _client(os.getpid(), access).stream("GET", url, params=dict(params), headers={"Accept": accept}) as answer,
+    ):
+        if answer.status_code == 204:
+            return Answer(b"", "")
+        _check_status(answer.status_code)
+        for chunk in answer.iter_bytes():
+            body += chunk
+            if len(body) > max_bytes:
+                raise FetchFailed(FILE_TOO_LARGE)
+            if time.monotonic() > deadline:
+                raise _PassingError(STORE_TIMEOUT)
+            if len(body) - len(chunk) <= LARGE_BYTES:
+                check_head(body, len(body), refuse)
+        return Answer(body, answer.headers.get("content-type", ""))
+
+
+@contextmanager
+def _failures_told() -> Generator[None]:
+    """Turn what a request may end with into what the caller is told."""
     try:
-        with _client(os.getpid(), access).stream("GET", url, params=dict(params), headers={"Accept": accept}) as answer:
-            if answer.status_code == 204:
-                return Answer(b"", "")
-            _check_status(answer.status_code)
-            for chunk in answer.iter_bytes():
-                body += chunk
-                if len(body) > max_bytes:
-                    raise FetchFailed(FILE_TOO_LARGE)
-                if time.monotonic() > deadline:
-                    raise _PassingError(STORE_TIMEOUT)
-                if len(body) - len(chunk) <= LARGE_BYTES:
-                    check_head(body, len(body), refuse)
-            return Answer(body, answer.headers.get("content-type", ""))
+        yield
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         if _is_certificate_refused(error):
             raise FetchFailed(STORE_TLS) from None
@@ -282,28 +340,30 @@ def _client(_pid: int, access: Access) -> httpx.Client:
     )
 
 
-def _authorization(settings: SourceConfig, environment: Mapping[str, str]) -> str | None:
+def _authorization(settings: ServerSection, environment: Mapping[str, str], section: str) -> str | None:
     if settings.token_file is not None:
-        return f"Bearer {_first_line(settings.token_file, 'token_file')}"
+        return f"Bearer {_first_line(settings.token_file, f'{section}.token_file')}"
     if settings.user is None:
         return None
-    password = environment.get(PASSWORD_VARIABLE)
+    password = environment.get(password_variable(section))
     if settings.password_file is not None:
-        password = _first_line(settings.password_file, "password_file")
+        password = _first_line(settings.password_file, f"{section}.password_file")
     if password is None:
-        raise ConfigError(f"source.user has no password; set source.password_file or {PASSWORD_VARIABLE}")
+        raise ConfigError(
+            f"{section}.user has no password; set {section}.password_file or {password_variable(section)}"
+        )
     return "Basic " + base64.b64encode(f"{settings.user}:{password}".encode()).decode()
 
 
-def _first_line(file: str, name: str) -> str:
-    lines = _text(file, name).splitlines()
+def _first_line(file: str, setting: str) -> str:
+    lines = _text(file, setting).splitlines()
     if not lines or not lines[0].strip():
-        raise ConfigError(f"source.{name} names an empty file; its first line is the secret")
+        raise ConfigError(f"{setting} names an empty file; its first line is the secret")
     return lines[0].strip()
 
 
-def _text(file: str, name: str) -> str:
+def _text(file: str, setting: str) -> str:
     try:
         return Path(file).read_text()
     except (OSError, UnicodeDecodeError):
-        raise ConfigError(f"source.{name} names a file that cannot be read as text") from None
+        raise ConfigError(f"{setting} names a file that cannot be read as text") from None

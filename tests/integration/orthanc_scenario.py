@@ -51,7 +51,7 @@ _KILLED = (
 class Server:
     """An Orthanc with its DICOMweb plugin and a password, over a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **more: object) -> None:
         folder.mkdir()
         self.config = folder / "orthanc.json"
         settings = {
@@ -65,6 +65,7 @@ class Server:
             "RegisteredUsers": {"memmc": PASSWORD},
             "Plugins": [PLUGIN],
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+            **more,
         }
         self.config.write_text(json.dumps(settings))
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{HTTP}", auth=("memmc", PASSWORD), trust_env=False)

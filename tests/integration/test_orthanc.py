@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from apart import played
 
 pytestmark = pytest.mark.slow
-
-SCENARIO = Path(__file__).with_name("orthanc_scenario.py")
-PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
-APART = ["unshare", *([] if os.getuid() == 0 else ["-r"]), "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-LOOPBACK = "ip link set lo up && exec "
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the scenario tells; one run for all tests."""
-    missing = [name for name in ("Orthanc", "storescu", "unshare", "ip") if shutil.which(name, path=_path()) is None]
-    if missing or not PLUGIN.exists():
-        pytest.skip(
-            f"needs the Debian packages orthanc, orthanc-dicomweb, dcmtk, iproute2: no {missing or PLUGIN.name}"
-        )
-    if subprocess.run([*APART, "sh", "-c", LOOPBACK + "true"], capture_output=True, check=False).returncode:
-        pytest.skip("needs a network namespace of its own (unshare --net), as Orthanc's DICOM port listens everywhere")
-    folder = tmp_path_factory.mktemp("o")
-    command = [*APART, "sh", "-c", f'{LOOPBACK} "$0" "$@"', sys.executable, str(SCENARIO), str(folder)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MEMMC_", "RAY_"))}
-    done = subprocess.run(
-        command, env={**environment, "PATH": _path()}, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((folder / "told.json").read_text())
-    print(f"scenario: {found['seconds']:.0f} s")
-    found["output"] = done.stdout + done.stderr
-    return found
-
-
-def _path() -> str:
-    return f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    return played("orthanc_scenario.py", tmp_path_factory.mktemp("o"))
 
 
 def counts(account: dict[str, Any]) -> tuple[int, int, int]:

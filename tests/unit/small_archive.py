@@ -24,12 +24,14 @@ class Site:
 
     Attributes:
         routes: path and query -> answer.
-        faults: path -> what to do instead, one per request: a status, "cut", "hang" or "drip".
+        takes: path, body and content type of a POST -> answer.
+        faults: path, of a POST "POST path" -> what to do instead, one per request: a status, "cut", "hang" or "drip".
     """
 
     routes: Callable[[str, dict[str, str]], Answer]
     faults: dict[str, list[int | str]] = field(default_factory=dict)
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    takes: Callable[[str, bytes, str], Answer] | None = None
     url: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
 
@@ -50,6 +52,18 @@ def served(site: Site, tls: ssl.SSLContext | None = None) -> Iterator[Site]:
                 site.closing.wait(20)
             else:
                 self.reply(*site.routes(parts.path, dict(parse_qsl(parts.query))), fault=fault)
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            parts = urlsplit(self.path)
+            site.asked.append((parts.path, dict(self.headers)))
+            faults = site.faults.get(f"POST {parts.path}", [])
+            fault = faults.pop(0) if faults else None
+            if isinstance(fault, int):
+                self.reply(fault, b"", JSON)
+            else:
+                assert site.takes is not None
+                self.reply(*site.takes(parts.path, body, self.headers["Content-Type"]))
 
         def reply(self, status: int, body: bytes, kind: str, fault: str | None = None) -> None:
             self.send_response(status)

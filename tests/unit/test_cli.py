@@ -25,7 +25,7 @@ VERBS = {
     "export",
 }
 VERBS |= {"lake", "scan-phi", "erase", "vault", "gate", "label", "maps", "explain", "cohort", "compare", "deploy"}
-VERBS |= {"drift", "monitor"}
+VERBS |= {"drift", "monitor", "push"}
 VERBS |= {"promote", "rollback", "decisions", "retrain", "review"}
 VERBS |= {"audit", "tracking"}
 

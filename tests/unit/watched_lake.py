@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from memmc.lake.schemas import CALIBRATIONS, INSTANCES, SCHEMAS, SCORES
 from memmc.lake.tables import Lake
 from memmc.model.artifact import export_model
 from memmc.model.mae import MemMCMAE
-from memmc.pipeline.models import OpenModel, open_model
+from memmc.pipeline.models import OpenModel, fit_of, open_model
 from memmc.pipeline.rescore import Rescorer, scoring_job
 from memmc.pipeline.select import newest_calibration
 from memmc.scoring.actor import Reconstructor, ScoringJob, model_files
 from memmc.scoring.bulk import join_features, score_columns
 from memmc.scoring.calibration import threshold_at
 from memmc.scoring.cross_fit import fit_and_calibrate
+from memmc.scoring.regions import region_judge
 from memmc.scoring.scorer import make_scorer
 from memmc.scoring.strata import fit_strata
 
@@ -86,20 +88,26 @@ def make(root: Path, count: int = 150) -> tuple[Config, str]:
     config = load_config(overrides=[f"lake.uri={root / 'lake'}", *SETTINGS])
     lake = Lake(config.lake.uri)
     version = lake.append(INSTANCES, batch(1, count, START))
-    torch.manual_seed(0)
-    sizes = {"encoder_dim": 16, "encoder_depth": 2, "encoder_heads": 2, "memory_slots": 4}
-    sizes |= {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "patch_size": 8}
-    info = {"preprocess_id": "p", "cohort": "cxr", "dataset_version": version, "steps": 1, "train_seconds": 1.0}
-    info |= {"config_id": "x", "image_size": SIDE, "channels": 1, "pixel_mean": 0.5, "pixel_std": 0.2, "seed": 0}
-    folder = str(root / "model")
-    export_model(folder, MemMCMAE(ModelConfig(**sizes), SIDE, 1), info)
+    folder = random_model(root / "model", version)
     opened = open_model(config, root / ".memmc", folder)
     calibrate(config, lake, opened)
     score(config, opened)
     return config, folder
 
 
-def calibrate(config: Config, lake: Lake, model: OpenModel) -> None:
+def random_model(folder: Path, version: int, preprocess_id: str = "p") -> str:
+    """Write a small model of random weights, as if of that version of the cohort `cxr`; return its folder."""
+    torch.manual_seed(0)
+    sizes = {"encoder_dim": 16, "encoder_depth": 2, "encoder_heads": 2, "memory_slots": 4}
+    sizes |= {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "patch_size": 8}
+    info = {"preprocess_id": preprocess_id, "cohort": "cxr", "dataset_version": version, "steps": 1}
+    info |= {"train_seconds": 1.0, "config_id": "x", "image_size": SIDE, "channels": 1, "seed": 0}
+    info |= {"pixel_mean": 0.5, "pixel_std": 0.2}
+    export_model(str(folder), MemMCMAE(ModelConfig(**sizes), SIDE, 1), info)
+    return str(folder)
+
+
+def calibrate(config: Config, lake: Lake, model: OpenModel, region_rate: float | None = None) -> None:
     """Calibrate on the cohort's calibration share, as the pipeline does, in this process."""
     where = {"cohort": "cxr", "outcome": "stored", "split": "calibrate"}
     rows = lake.read(INSTANCES, score_columns(STRATA), model.dataset_version, where)
@@ -109,11 +117,15 @@ def calibrate(config: Config, lake: Lake, model: OpenModel) -> None:
     rate = config.calibrate.false_positive_rate
     strata = fit_strata(fitted.normal_scores_N, keys.strata, keys.patients, [rate], rate, 1000)
     row = {"calibration_id": "c", "model": model.ref, "model_digest": model.digest, "cohort": "cxr"}
-    row |= {"dataset_version": model.dataset_version, "preprocess_id": "p", "scorer": config.score.scorer}
+    row |= {"dataset_version": model.dataset_version, "preprocess_id": model.preprocess_id}
+    row |= {"scorer": config.score.scorer}
     row |= {"false_positive_rate": rate, "threshold": threshold_at(fitted.normal_scores_N, rate)}
     row |= {"num_normals": len(keys.instances), "normal_scores": list(strata[0].normal_scores), "map_scale": 1.0}
     row |= {"scorer_state": fitted.scorer.state_to_bytes(), "created_at": START, "passes": config.score.passes}
     row |= {"strata_columns": list(STRATA), "strata": [item.as_row() for item in strata]}
+    if region_rate is not None:
+        row |= {"map_level": threshold_at(fitted.normal_peaks_N, region_rate)}
+        row |= {"normal_peaks": sorted(fitted.normal_peaks_N.tolist())}
     lake.append(CALIBRATIONS, pa.Table.from_pylist([row], schema=SCHEMAS[CALIBRATIONS]))
 
 
@@ -127,10 +139,12 @@ def score(config: Config, model: OpenModel, moment: datetime = START) -> None:
     stored = lake.read(INSTANCES, ["sop_instance_uid"], None, {"cohort": "cxr", "outcome": "stored"})
     missing = [uid for uid in stored["sop_instance_uid"].to_pylist() if uid not in done]
     fixed = {"cohort": "cxr", "model": model.ref, "model_digest": model.digest, "calibration_id": "c"}
-    fixed |= {"dataset_version": lake.version(INSTANCES), "preprocess_id": "p", "scorer": config.score.scorer}
+    fixed |= {"dataset_version": lake.version(INSTANCES), "preprocess_id": model.preprocess_id}
+    fixed |= {"scorer": config.score.scorer}
     fixed |= {"run": "r", "scored_at": moment}
     here = config.model_copy(update={"score": config.score.model_copy(update={"batch_size": 32})})
-    actor = Reconstructor(scoring_job(here, model, calibration, use_gpu=False, fixed=fixed))
+    job = scoring_job(here, model, calibration, use_gpu=False, fixed=fixed)
+    actor = Reconstructor(replace(job, regions=region_judge(calibration, fit_of(config, model))))
     lake.append(SCORES, actor(Rescorer(config, model, calibration).read(lake, "cxr", missing)))
 
 

@@ -1,0 +1,1 @@
+"""Results on their way back: DICOM objects, and the archives that take them."""
