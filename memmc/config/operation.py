@@ -54,7 +54,9 @@ class OperateConfig(Section):
         description="Hours in which scoring works, HH:MM-HH:MM, over midnight too; it stops at the end and a later run "
         "goes on. At any time when absent.",
     )
-    timezone: str = Field(default="UTC", description="IANA name of the zone of `window`.")
+    timezone: str = Field(
+        default="UTC", description="IANA name of the zone of `window`, and of times in results for an archive."
+    )
     deadline_minutes: float | None = Field(
         default=None, gt=0, description="A flow's step that takes longer is stopped, min; none is when absent."
     )

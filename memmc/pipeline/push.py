@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydicom.config import disable_value_validation
@@ -143,7 +144,8 @@ def push(
     with closing(archive), disable_value_validation():  # values are the archive's own, and its warnings would show them
         archive.check()
         known = resolve(config, chosen, private_key) if chosen else Resolved({}, [], "")
-        judged = _judged(lake, cohort, scored, known.originals, calibration, opened.digest)
+        zone = ZoneInfo(config.operate.timezone)
+        judged = _judged(lake, cohort, scored, known.originals, calibration, opened.digest, zone)
         progress.stage("push", len(chosen))
         plans = _plans(archive, chosen, judged, known, config.push.objects)
         while some := list(itertools.islice(plans, _AT_ONCE)):
@@ -182,7 +184,6 @@ class _Plan:
     uid: str
     kinds: tuple[Kind, ...] = ()
     header: Dataset = field(default_factory=Dataset, repr=False)
-    number: int = 1
     reason: str | None = None
 
 
@@ -199,6 +200,7 @@ def _judged(
     originals: Mapping[str, Mapping[str, str]],
     calibration: Mapping[str, Any],
     digest: str,
+    zone: ZoneInfo,
 ) -> dict[str, Judged]:
     """Return what was said of each image whose originals are known, in the archive's terms."""
     if not originals:
@@ -227,7 +229,7 @@ def _judged(
             calibration_id=score["calibration_id"],
             preprocess_id=score["preprocess_id"],
             dataset_version=score["dataset_version"],
-            scored_at=score["scored_at"],
+            scored_at=score["scored_at"].astimezone(zone),
         )
     return judged
 
@@ -249,9 +251,9 @@ def _plans(
             continue
         series = {judged[uid].series(kind) for uid in of_study for kind in kinds}
         present = set[str]().union(*(archive.present(study, each) for each in sorted(series)))
-        for number, uid in enumerate(of_study, start=1):
-            lacking = tuple(kind for kind in kinds if judged[uid].uid(kind) not in present)
-            yield _Plan(uid, lacking, header, number)
+        for uid in of_study:
+            lacking: tuple[Kind, ...] = tuple(kind for kind in kinds if judged[uid].uid(kind) not in present)
+            yield _Plan(uid, lacking, header)
 
 
 def _header(found: Dataset | None, original: Mapping[str, str]) -> tuple[Dataset, str | None]:
@@ -272,7 +274,7 @@ def _header(found: Dataset | None, original: Mapping[str, str]) -> tuple[Dataset
 def _objects(plan: _Plan, judged: Judged, pictures: Mapping[str, Picture]) -> list[Dataset]:
     """Return the objects that an image lacks."""
     made = {
-        "sr": lambda: report(judged, plan.header, plan.number),
-        "sc": lambda: picture(judged, plan.header, plan.number, pictures[plan.uid]),
+        "sr": lambda: report(judged, plan.header),
+        "sc": lambda: picture(judged, plan.header, pictures[plan.uid]),
     }
     return [made[kind]() for kind in plan.kinds]

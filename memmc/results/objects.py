@@ -63,7 +63,7 @@ class Judged:
         regions: as in `scores.regions`.
         model: name/version.
         model_digest, calibration_id, preprocess_id, dataset_version: what it can be reproduced from.
-        scored_at: when, UTC.
+        scored_at: when, in the hospital's own zone, as all times of an archive are.
     """
 
     sop_instance_uid: str = field(repr=False)
@@ -91,6 +91,11 @@ class Judged:
         """The frame as highdicom takes it."""
         return None if self.frame is None else [self.frame]
 
+    @property
+    def number(self) -> int:
+        """Instance Number of its results, 1 to 9999: the same whatever is pushed beside it."""
+        return 1 + int(self._made("number", self.sop_instance_uid, str(self.frame)).removeprefix("2.25.")) % 9999
+
     def uid(self, kind: Kind) -> str:
         """Return the SOP Instance UID of a result."""
         return self._made(kind, "instance", self.sop_instance_uid, str(self.frame))
@@ -107,13 +112,12 @@ class Judged:
         return _uid(_FORM, self.model_digest, self.calibration_id, *parts)
 
 
-def report(judged: Judged, header: Dataset, number: int) -> Dataset:
+def report(judged: Judged, header: Dataset) -> Dataset:
     """Return the report of one image.
 
     Args:
         judged: what was said of it.
         header: `HEADER` as the archive has it.
-        number: Instance Number, from 1.
     """
     name, _, version = judged.model.rpartition("/")
     algorithm = sr.AlgorithmIdentification(
@@ -152,18 +156,17 @@ def report(judged: Judged, header: Dataset, number: int) -> Dataset:
         is_complete=True,
         coding_schemes=[CodingSchemeIdentificationItem(SCHEME, name="memmc", responsible_organization=MANUFACTURER)],
         transfer_syntax_uid=ExplicitVRLittleEndian,
-        **_common(judged, "sr", number),
+        **_common(judged, "sr"),
     )
     return _finished(made, judged, header)
 
 
-def picture(judged: Judged, header: Dataset, number: int, shown_HW3: NDArray[np.uint8]) -> Dataset:
+def picture(judged: Judged, header: Dataset, shown_HW3: NDArray[np.uint8]) -> Dataset:
     """Return the picture of one image.
 
     Args:
         judged: what was said of it.
         header: `HEADER` as the archive has it.
-        number: Instance Number, from 1.
         shown_HW3: the image with heat map and frames, RGB; a caption is added below it.
     """
     made = hd.sc.SCImage.from_ref_dataset(
@@ -174,7 +177,7 @@ def picture(judged: Judged, header: Dataset, number: int, shown_HW3: NDArray[np.
         coordinate_system="PATIENT",
         patient_orientation=("L", "F"),
         transfer_syntax_uid=ExplicitVRLittleEndian,
-        **_common(judged, "sc", number),
+        **_common(judged, "sc"),
     )
     for keyword in ("PatientOrientation", "Laterality"):
         setattr(made, keyword, None)  # type 2C: the original's, which are not known here
@@ -252,7 +255,7 @@ def _evidence(judged: Judged) -> Dataset:
     return image
 
 
-def _common(judged: Judged, kind: Kind, number: int) -> dict[str, Any]:
+def _common(judged: Judged, kind: Kind) -> dict[str, Any]:
     series_number, what = _SERIES[kind]
     date, time = judged.scored_at.strftime("%Y%m%d"), judged.scored_at.strftime("%H%M%S")
     return {
@@ -260,7 +263,7 @@ def _common(judged: Judged, kind: Kind, number: int) -> dict[str, Any]:
         "series_number": series_number,
         "series_description": f"memmc {what}: {DISCLAIMER.lower()}",
         "sop_instance_uid": judged.uid(kind),
-        "instance_number": number,
+        "instance_number": judged.number,
         "manufacturer": MANUFACTURER,
         "manufacturer_model_name": judged.model[:64],
         "software_versions": __version__,
@@ -273,7 +276,6 @@ def _common(judged: Judged, kind: Kind, number: int) -> dict[str, Any]:
 def _finished(made: Dataset, judged: Judged, header: Dataset) -> Dataset:
     """Give an object the archive's patient and study, and the time of its score for every time in it."""
     made.InstanceCreationDate, made.InstanceCreationTime = made.ContentDate, made.ContentTime
-    made.TimezoneOffsetFromUTC = "+0000"
     equipment = hd.ContributingEquipment(
         MANUFACTURER,
         codes.DCM.ProcessingEquipment,

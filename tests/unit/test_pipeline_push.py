@@ -157,6 +157,12 @@ def whole(made) -> list:
     return [item for item in items if item.ConceptNameCodeSequence[0].CodeValue == "verdict"]
 
 
+def test_times_are_the_hospitals(site, pacs):
+    uid = sorted(scores())[0]
+    push(site.with_(f"push.uri={pacs.place()}", "operate.timezone=Asia/Tokyo"), "cxr", site.key, site.model, uids=[uid])
+    assert {(made.ContentDate, made.ContentTime) for made in pacs.objects.values()} == {("20260105", "090000")}
+
+
 def test_a_dry_run_sends_nothing_and_says_what_it_would(site, pacs):
     before = len(records())
     opened = len(list(Path("vault/_audit").glob("**/*.json")))

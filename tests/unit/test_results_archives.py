@@ -29,7 +29,7 @@ from memmc.results.open import open_archive
 
 STUDY = JUDGED.study_uid
 KNOWN = {"PatientName": "Müßig^Zoë", "PatientID": "MRN7QUOXX", "StudyInstanceUID": STUDY, "StudyDate": "20260105"}
-OBJECTS = [report(JUDGED, header(**KNOWN), 1), picture(JUDGED, header(**KNOWN), 1, SHOWN)]
+OBJECTS = [report(JUDGED, header(**KNOWN)), picture(JUDGED, header(**KNOWN), SHOWN)]
 UIDS = [str(each.SOPInstanceUID) for each in OBJECTS]
 
 

@@ -80,7 +80,7 @@ def test_both_objects_conform(verdict, frame, tmp_path):
     judged = replace(JUDGED, is_abnormal=verdict, frame=frame, lossy=verdict is None)
     if frame is not None:
         judged = replace(judged, sop_class_uid=XA)
-    made = {"sr": report(judged, header(), 1), "sc": picture(judged, header(), 1, SHOWN)}
+    made = {"sr": report(judged, header()), "sc": picture(judged, header(), SHOWN)}
     tools = {name: shutil.which(name) for name in ("dciodvfy", "dsrdump")}
     for kind, result in made.items():
         file = tmp_path / f"{kind}.dcm"
@@ -98,7 +98,7 @@ def test_both_objects_conform(verdict, frame, tmp_path):
 
 
 def test_a_report_says_what_was_found_and_where():
-    made = read(report(JUDGED, header(), 1))
+    made = read(report(JUDGED, header()))
     assert made.SOPClassUID == ComprehensiveSRStorage
     content = sr.MeasurementReport.from_sequence([made])
     (whole,) = content.get_image_measurement_groups()
@@ -126,7 +126,7 @@ def test_a_report_says_what_was_found_and_where():
 
 def test_an_image_without_a_verdict_gets_none():
     (whole,) = sr.MeasurementReport.from_sequence(
-        [read(report(replace(JUDGED, is_abnormal=None, regions=[]), header(), 1))]
+        [read(report(replace(JUDGED, is_abnormal=None, regions=[]), header()))]
     ).get_image_measurement_groups()
     assert whole.get_qualitative_evaluations() == []
     assert len(whole.get_measurements()) == 2
@@ -142,13 +142,13 @@ def test_an_image_without_a_verdict_gets_none():
     ],
 )
 def test_regions_stay_within_the_image(box, expected):
-    made = report(replace(JUDGED, regions=[{**REGION, **box}]), header(), 1)
+    made = report(replace(JUDGED, regions=[{**REGION, **box}]), header())
     assert outlines(made) == expected
     assert len(groups(made)) == 1 + len(expected)
 
 
 def test_a_picture_shows_the_scan_and_a_caption():
-    made = read(picture(JUDGED, header(), 2, SHOWN))
+    made = read(picture(JUDGED, header(), SHOWN))
     assert made.SOPClassUID == SecondaryCaptureImageStorage
     assert (made.pixel_array[: len(SHOWN)] == SHOWN).all()
     caption = made.pixel_array[len(SHOWN) :]
@@ -158,20 +158,20 @@ def test_a_picture_shows_the_scan_and_a_caption():
     (source,) = made.SourceImageSequence
     assert source.ReferencedSOPInstanceUID == JUDGED.sop_instance_uid
     assert "LossyImageCompression" not in made
-    assert picture(replace(JUDGED, lossy=True), header(), 2, SHOWN).LossyImageCompression == "01"
+    assert picture(replace(JUDGED, lossy=True), header(), SHOWN).LossyImageCompression == "01"
 
 
 def test_frames_are_named_and_told_apart():
     one, two = (replace(JUDGED, frame=number) for number in (1, 2))
     assert one.uid("sr") != two.uid("sr")
     assert one.series("sr") == two.series("sr")
-    (source,) = picture(two, header(), 1, SHOWN).SourceImageSequence
+    (source,) = picture(two, header(), SHOWN).SourceImageSequence
     assert source.ReferencedFrameNumber == 2
 
 
 def test_what_is_made_twice_is_the_same_object_and_what_differs_is_another():
-    assert encoded(report(JUDGED, header(), 1)) == encoded(report(JUDGED, header(), 1))
-    assert encoded(picture(JUDGED, header(), 1, SHOWN)) == encoded(picture(JUDGED, header(), 1, SHOWN))
+    assert encoded(report(JUDGED, header())) == encoded(report(JUDGED, header()))
+    assert encoded(picture(JUDGED, header(), SHOWN)) == encoded(picture(JUDGED, header(), SHOWN))
     others = [
         replace(JUDGED, sop_instance_uid="1.2.840.1.4"),
         replace(JUDGED, calibration_id="other"),
@@ -182,6 +182,8 @@ def test_what_is_made_twice_is_the_same_object_and_what_differs_is_another():
     assert len(uids) == 14
     assert all(len(uid) <= 64 and uid.startswith("2.25.") for uid in uids)
     assert others[0].series("sr") == JUDGED.series("sr")
+    assert 1 <= JUDGED.number <= 9999
+    assert JUDGED.number != others[0].number
 
 
 def test_the_archives_words_are_repeated_whatever_they_are(caplog):
@@ -190,7 +192,7 @@ def test_the_archives_words_are_repeated_whatever_they_are(caplog):
     odd |= {"StudyTime": "half past nine", "StudyID": "S" * 40, "AccessionNumber": "A" * 70}
     with warnings.catch_warnings(record=True) as said, disable_value_validation():
         warnings.simplefilter("always")
-        for made in (report(JUDGED, header(**odd), 1), picture(JUDGED, header(**odd), 1, SHOWN)):
+        for made in (report(JUDGED, header(**odd)), picture(JUDGED, header(**odd), SHOWN)):
             again = read(made)
             assert {keyword: str(again.get(keyword)) for keyword in odd} == odd
     assert not said
@@ -200,5 +202,5 @@ def test_the_archives_words_are_repeated_whatever_they_are(caplog):
 
 def test_names_survive_in_unicode():
     for name in ("Müßig^Zoë", "Yamada^Tarou=山田^太郎", "Иванов^Пётр"):
-        again = read(report(JUDGED, header(PatientName=name), 1))
+        again = read(report(JUDGED, header(PatientName=name)))
         assert (again.SpecificCharacterSet, str(again.PatientName)) == ("ISO_IR 192", name)
