@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from memmc.config.section import Positive, ServerSection
+from memmc.config.section import ServerSection
 
 
 class PushConfig(ServerSection):
@@ -27,7 +27,7 @@ class PushConfig(ServerSection):
         pattern=r"^[\x21-\x5b\x5d-\x7e]{1,16}$",
         description="Our own Application Entity title, by which a DICOM archive knows us.",
     )
-    side_px: Positive = Field(default=512, le=4096, description="Longer side of a picture, px.")
-    tries: Positive = Field(
-        default=4, description="How often a server that is busy or gone is asked, 1, 4, 16, ... s apart."
+    side_px: int = Field(default=512, ge=64, le=4096, description="Longer side of a picture, px.")
+    tries: int = Field(
+        default=4, ge=1, le=8, description="How often a server that is busy or gone is asked, 1, 4, 16, ... s apart."
     )

@@ -276,12 +276,12 @@ def _inflate(deflated: memoryview, limit: int) -> bytes:
     return b"".join(parts)
 
 
-_LOGGERS = ("pydicom", "PIL", "pylibjpeg", "openjpeg", "libjpeg", "jpeg_ls", "py.warnings")
+_LOGGERS = ("pydicom", "highdicom", "pynetdicom", "PIL", "pylibjpeg", "openjpeg", "libjpeg", "jpeg_ls", "py.warnings")
 
 
 @contextmanager
 def silenced() -> Generator[None]:
-    """Keep parsers and decoders from printing: their warnings and log lines quote element values."""
+    """Keep parsers, decoders and makers of objects from printing: their warnings and log lines quote element values."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     mode = pydicom.config.settings.reading_validation_mode

@@ -7,10 +7,11 @@ that is today. What is sent follows from the score alone, so a call that was cut
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 
 from memmc.config import Config
-from memmc.errors import StorageError
+from memmc.dicom.read import silenced
 from memmc.lake.schemas import INSTANCES
 from memmc.lake.tables import Lake
 from memmc.pipeline.audit import recorded
@@ -32,67 +33,42 @@ from memmc.pipeline.progress import Progress, Silent
 from memmc.pipeline.results import PushResult
 from memmc.pipeline.select import newest_calibration, score_rows
 from memmc.pipeline.vault import Resolved, resolve
-from memmc.results.archive import OBJECT_REFUSED, Archive
+from memmc.results.archive import OBJECT_REFUSED, Archive, NoAnswerError, Taker, text_of
 from memmc.results.dicomweb import encoded
+from memmc.results.folder import Folder
 from memmc.results.objects import Judged, Kind, picture, report
 from memmc.results.open import open_archive
+
+logger = logging.getLogger(__name__)
 
 NOT_IN_VAULT = "NOT_IN_VAULT"
 VAULT_AMBIGUOUS = "VAULT_AMBIGUOUS"
 STUDY_ABSENT = "STUDY_ABSENT"
 PATIENT_DIFFERS = "PATIENT_DIFFERS"
+IMAGE_ABSENT = "IMAGE_ABSENT"
+OBJECT_NOT_MADE = "OBJECT_NOT_MADE"
+OBJECT_UNANSWERED = "OBJECT_UNANSWERED"
 REASONS: Mapping[str, str] = {
     NOT_IN_VAULT: "the vault knows no original; it was ingested without deid.vault_uri, or erased",
-    VAULT_AMBIGUOUS: "the vault knows several objects of that pseudonym",
+    VAULT_AMBIGUOUS: "the vault knows several objects of that pseudonym, and the lake does not tell which is stored",
     STUDY_ABSENT: "the archive has no such study",
     PATIENT_DIFFERS: "the archive names another patient than the image did: merged or corrected since; see to it",
+    IMAGE_ABSENT: "the study is there, the image is not in it any more: moved or deleted; see to it",
+    OBJECT_NOT_MADE: "no object could be made of it; retired kinds of images have none",
     OBJECT_REFUSED: "the archive would not store it; its log says why",
+    OBJECT_UNANSWERED: "the archive answers, but not to this one, several times; its log says why",
 }
 """What a reason code means."""
 
-_OF_VAULT = {"PatientID": "patient_id", "IssuerOfPatientID": "issuer_of_patient_id"}
+_PATIENT = ("PatientID", "IssuerOfPatientID")
+_OF_VAULT = {
+    "PatientID": "patient_id",
+    "IssuerOfPatientID": "issuer_of_patient_id",
+    "AccessionNumber": "accession_number",
+}
+_UIDS = {"sop_instance_uid", "series_uid", "study_uid"}
 _AT_ONCE = 32  # images
-
-
-class FolderArchive:
-    """A folder of DICOM files, for a look or for a gateway that takes them; a `memmc.results.archive.Archive`.
-
-    It knows no patient: headers are what the vault holds. Where an archive is named, that one is asked.
-    """
-
-    def __init__(self, folder: Path, asked: Archive | None) -> None:
-        self.place, self._folder, self._asked = str(folder), folder, asked
-
-    def check(self) -> str:
-        """See `Archive.check`."""
-        return "a folder"
-
-    def study(self, study_uid: str) -> Dataset | None:
-        """See `Archive.study`."""
-        return self._asked.study(study_uid) if self._asked else Dataset()
-
-    def present(self, study_uid: str, series_uid: str) -> set[str]:
-        """See `Archive.present`."""
-        return {file.stem for file in self._folder.glob("*.dcm")}
-
-    def send(self, objects: Sequence[Dataset]) -> dict[str, str]:
-        """Write files that their owner alone may read; see `Archive.send`."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for each in objects:
-                part = self._folder / f"{each.SOPInstanceUID}.part"
-                part.unlink(missing_ok=True)
-                with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-                    out.write(encoded(each))
-                part.rename(part.with_suffix(".dcm"))
-        except OSError as error:
-            raise StorageError(f"objects cannot be written ({error.strerror}); check --out") from None
-        return {}
-
-    def close(self) -> None:
-        """See `Archive.close`."""
-        if self._asked:
-            self._asked.close()
+_SILENT_IN_A_ROW = 3  # images that an archive did not answer to, before it is taken for full
 
 
 @recorded(
@@ -124,7 +100,7 @@ def push(
         private_key: opens the vault; that leaves a record in the vault's audit trail, also with `dry_run`.
         uids: pseudonymous SOP Instance UIDs; all scored instances when absent.
         only_abnormal: those alone whose verdict is abnormal.
-        out: folder that takes the objects in place of the archive.
+        out: folder that takes the objects in place of the archive, which is asked for names if it is configured.
         dry_run: find out what would be sent, and send nothing.
 
     Raises:
@@ -133,7 +109,7 @@ def push(
         StorageError: vault or archive do not answer, or refuse. What was sent before stays, and is not sent again.
     """
     progress = progress or Silent()
-    archive = _archive(config, out)
+    archive, taker = _places(config, out)
     lake = Lake(config.lake.uri)
     opened = open_model(config, home_directory(), model, cohort)
     calibration = newest_calibration(lake, opened)
@@ -141,22 +117,25 @@ def push(
     chosen = [uid for uid in wanted(scored, uids, opened, cohort) if not only_abnormal or scored[uid]["is_abnormal"]]
     failures: dict[str, str] = {}
     pushed = objects = done = 0
-    with closing(archive), disable_value_validation():  # values are the archive's own, and its warnings would show them
-        archive.check()
+    with ExitStack() as stack:
+        stack.enter_context(silenced())
+        stack.enter_context(disable_value_validation())  # values are the archive's own
+        if archive is not None:
+            stack.callback(archive.close)
+            archive.check()
+        sender = _Sender(archive, taker)
         known = resolve(config, chosen, private_key) if chosen else Resolved({}, [], "")
         zone = ZoneInfo(config.operate.timezone)
         judged = _judged(lake, cohort, scored, known.originals, calibration, opened.digest, zone)
         progress.stage("push", len(chosen))
-        plans = _plans(archive, chosen, judged, known, config.push.objects)
+        plans = _plans(sender, chosen, judged, known, config.push.objects)
         while some := list(itertools.islice(plans, _AT_ONCE)):
             shown = [] if dry_run else [plan.uid for plan in some if "sc" in plan.kinds]
             pictures = drawn(lake, cohort, shown, scored, calibration, config.push.side_px) if shown else {}
             for plan in some:
                 sent, reason = len(plan.kinds), plan.reason
                 if plan.kinds and not dry_run:
-                    made = _objects(plan, judged[plan.uid], pictures)
-                    refused = archive.send(made)
-                    sent, reason = len(made) - len(refused), next(iter(refused.values()), None)
+                    sent, reason = sender.send(plan, judged[plan.uid], pictures)
                 objects += sent
                 if reason:
                     failures[plan.uid] = reason
@@ -164,7 +143,7 @@ def push(
             done += len(some)
             progress.advance(done)
     return PushResult(
-        archive=archive.place,
+        archive=sender.taker.place,
         cohort=cohort,
         model=opened.ref,
         images=len(chosen),
@@ -177,6 +156,14 @@ def push(
     )
 
 
+def _places(config: Config, out: Path | None) -> tuple[Archive | None, Taker]:
+    """Return the archive that is asked about studies, if one is at hand, and what takes the objects."""
+    if out is None:
+        archive = open_archive(config.push, os.environ)
+        return archive, archive
+    return open_archive(config.push, os.environ) if config.push.uri else None, Folder(out)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What an image still lacks in the archive, or why it gets nothing."""
@@ -187,10 +174,41 @@ class _Plan:
     reason: str | None = None
 
 
-def _archive(config: Config, out: Path | None) -> Archive:
-    if out is None:
-        return open_archive(config.push, os.environ)
-    return FolderArchive(out, open_archive(config.push, os.environ) if config.push.uri else None)
+class _Sender:
+    """Makes and stores objects, and tells an archive that chokes on one image from one that is gone or full.
+
+    Args:
+        archive: is asked about studies; None where only a folder is at hand.
+        taker: takes the objects.
+    """
+
+    def __init__(self, archive: Archive | None, taker: Taker) -> None:
+        self.archive, self.taker = archive, taker
+        self._silent = 0
+
+    def send(self, plan: _Plan, judged: Judged, pictures: Mapping[str, Picture]) -> tuple[int, str | None]:
+        """Send what an image lacks; return how many objects were stored, and why others were not.
+
+        Raises:
+            StorageError: the archive is gone, full, or refuses whatever it is sent.
+        """
+        try:
+            made = _objects(plan, judged, pictures)
+            for each in made:
+                encoded(each)
+        except Exception as error:  # noqa: BLE001 - the boundary of one image; the libraries' texts quote values
+            logger.warning("no object could be made of %s (%s)", plan.uid, type(error).__name__)
+            return 0, OBJECT_NOT_MADE
+        try:
+            refused = self.taker.send(made)
+        except NoAnswerError:
+            self._silent += 1
+            if self._silent == _SILENT_IN_A_ROW or self.archive is None:
+                raise
+            self.archive.check()
+            return 0, OBJECT_UNANSWERED
+        self._silent = 0
+        return len(made) - len(refused), next(iter(refused.values()), None)
 
 
 def _judged(
@@ -210,6 +228,8 @@ def _judged(
     judged: dict[str, Judged] = {}
     for image in lake.read(INSTANCES, columns, filter=where).to_pylist():
         score, original = scored[image["sop_instance_uid"]], originals[image["sop_instance_uid"]]
+        if not original.keys() >= _UIDS:
+            continue
         judged[image["sop_instance_uid"]] = Judged(
             sop_instance_uid=original["sop_instance_uid"],
             sop_class_uid=image["sop_class_uid"],
@@ -235,7 +255,7 @@ def _judged(
 
 
 def _plans(
-    archive: Archive, chosen: Sequence[str], judged: Mapping[str, Judged], known: Resolved, kinds: Sequence[Kind]
+    sender: _Sender, chosen: Sequence[str], judged: Mapping[str, Judged], known: Resolved, kinds: Sequence[Kind]
 ) -> Iterator[_Plan]:
     """Yield the plan of each image, study by study; the archive is asked about a study when its turn comes."""
     studies: dict[str, list[str]] = defaultdict(list)
@@ -245,30 +265,47 @@ def _plans(
         else:
             yield _Plan(uid, reason=VAULT_AMBIGUOUS if uid in known.ambiguous else NOT_IN_VAULT)
     for study, of_study in studies.items():
-        header, reason = _header(archive.study(study), known.originals[of_study[0]])
-        if reason:
-            yield from (_Plan(uid, reason=reason) for uid in of_study)
-            continue
-        series = {judged[uid].series(kind) for uid in of_study for kind in kinds}
-        present = set[str]().union(*(archive.present(study, each) for each in sorted(series)))
+        headers, there = _asked(sender.archive, study, {judged[uid].series_uid for uid in of_study})
+        series = {judged[uid].series(kind) for uid in of_study for kind in kinds} if headers != [] else set[str]()
+        present = set[str]().union(*(sender.taker.present(study, each) for each in sorted(series)))
         for uid in of_study:
+            header, reason = _header(headers, known.originals[uid])
+            if reason is None and there is not None and judged[uid].sop_instance_uid not in there:
+                reason = IMAGE_ABSENT
             lacking: tuple[Kind, ...] = tuple(kind for kind in kinds if judged[uid].uid(kind) not in present)
-            yield _Plan(uid, lacking, header)
+            yield _Plan(uid, () if reason else lacking, header, reason)
 
 
-def _header(found: Dataset | None, original: Mapping[str, str]) -> tuple[Dataset, str | None]:
-    """Return patient and study as the archive has them, or why nothing may be sent to that study."""
+def _asked(
+    archive: Archive | None, study: str, series: Collection[str]
+) -> tuple[list[Dataset] | None, set[str] | None]:
+    """Return what the archive says of a study, and which images it has of the originals' series; None where none is."""
+    if archive is None:
+        return None, None
+    headers = archive.headers(study)
+    if not headers:
+        return headers, set()
+    return headers, set[str]().union(*(archive.present(study, each) for each in sorted(series)))
+
+
+def _header(headers: list[Dataset] | None, original: Mapping[str, str]) -> tuple[Dataset, str | None]:
+    """Return patient and study as the archive has them, or why nothing of this image may be sent to it.
+
+    The vault holds the first value of an attribute alone, so that is what is compared.
+    """
     own = Dataset()
-    for keyword, name in (*_OF_VAULT.items(), ("AccessionNumber", "accession_number")):
+    for keyword, name in _OF_VAULT.items():
         setattr(own, keyword, original.get(name, ""))
-    if found is None:
-        return own, STUDY_ABSENT
-    if "PatientID" not in found:  # a folder knows nobody
+    if headers is None:  # a folder knows nobody
         return own, None
-    same = found.PatientID == own.PatientID
-    if found.IssuerOfPatientID and own.IssuerOfPatientID:
-        same = same and found.IssuerOfPatientID == own.IssuerOfPatientID
-    return found, None if same else PATIENT_DIFFERS
+    if not headers:
+        return own, STUDY_ABSENT
+    for header in headers:
+        patient, issuer = (text_of(header, name).split("\\")[0] for name in _PATIENT)
+        known = original.get("issuer_of_patient_id", "")
+        if patient != original.get("patient_id", "") or (issuer and known and issuer != known):
+            return own, PATIENT_DIFFERS
+    return headers[0], None
 
 
 def _objects(plan: _Plan, judged: Judged, pictures: Mapping[str, Picture]) -> list[Dataset]:

@@ -7,26 +7,36 @@ import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pydicom.dataset import Dataset
 
 from memmc.errors import StorageError
-from memmc.results.archive import HEADER, OBJECT_REFUSED, header_among
-from memmc.sources.dicomweb import ACCEPT_JSON
+from memmc.results.archive import DUPLICATE_SOP_INSTANCE, HEADER, OBJECT_REFUSED, NoAnswerError, headers_among
+from memmc.sources.dicomweb import ACCEPT_JSON, PAGE_RESULTS, SOP_INSTANCE_UID, Match, matches, value_of
 from memmc.sources.http import MAX_JSON_BYTES, Access, get, post
-from memmc.sources.objects import FILE_CHANGED_DURING_READ, STORE_AUTH, STORE_TIMEOUT, STORE_TLS, FetchFailed
+from memmc.sources.objects import (
+    FILE_CHANGED_DURING_READ,
+    FILE_UNREADABLE,
+    STORE_AUTH,
+    STORE_TIMEOUT,
+    STORE_TLS,
+    FetchFailed,
+)
 
-REFERENCED_SOP_SEQUENCE = "00081199"
-REFERENCED_SOP_INSTANCE_UID = "00081155"
-SOP_INSTANCE_UID = "00080018"
+REFERENCED_SOP_SEQUENCE, FAILED_SOP_SEQUENCE = "00081199", "00081198"
+REFERENCED_SOP_INSTANCE_UID, FAILURE_REASON = "00081155", "00081197"
 _STORED = frozenset({200, 202, 409})  # 202: some were not, or were changed; 409: none was; the body says which
-_FAILURES = {
+_NO_SERVICE = frozenset({404, 405, 406, 415})  # no STOW-RS there, or not of our media type
+_REFUSALS = {
     STORE_AUTH: "the archive refuses access (STORE_AUTH); check push.user and its password or token",
-    STORE_TIMEOUT: "the archive does not answer (STORE_TIMEOUT); check push.uri, the network and push.ca_file, then "
-    "call again: what is there already is not sent twice",
     STORE_TLS: "the archive's certificate is not to be trusted (STORE_TLS); check push.uri's host name, the server's "
     "certificate and push.ca_file",
+}
+_NO_ANSWER = {
+    STORE_TIMEOUT: "the archive does not answer (STORE_TIMEOUT); check push.uri, the network and push.ca_file, then "
+    "call again: what is there already is not sent twice",
+    FILE_UNREADABLE: "the archive fails (its own error, several times); see its log, then call again: what is there "
+    "already is not sent twice",
 }
 _OTHERWISE = "the archive answers as no DICOMweb server does; push.uri names the root of its service, without /studies"
 
@@ -49,24 +59,28 @@ class DicomWebArchive:
 
     def check(self) -> str:
         """Ask for one study; see `Archive.check`."""
-        self._search("/studies", {"limit": 1})
+        self._page("/studies", {"limit": 1})
         return "a DICOMweb server answers"
 
-    def study(self, study_uid: str) -> Dataset | None:
-        """Search for the study by its UID; see `Archive.study`."""
-        found = self._search("/studies", {"StudyInstanceUID": study_uid, "includefield": ",".join(HEADER)})
+    def headers(self, study_uid: str) -> list[Dataset]:
+        """Search for the study by its UID; see `Archive.headers`. JSON is Unicode, whatever (0008,0005) says in it."""
+        found = self._page("/studies", {"StudyInstanceUID": study_uid, "includefield": ",".join(HEADER)})
         try:
-            return header_among(map(Dataset.from_json, found), study_uid)
-        except (ValueError, TypeError, LookupError, AttributeError):  # their text quotes the answer
+            return headers_among(map(Dataset.from_json, found), study_uid)
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):  # their text quotes the answer
             raise StorageError(_OTHERWISE) from None
 
     def present(self, study_uid: str, series_uid: str) -> set[str]:
-        """Search within the series; see `Archive.present`."""
-        found = self._search(f"/studies/{study_uid}/series/{series_uid}/instances", {})
-        return {uid for match in found for uid in _values(match, SOP_INSTANCE_UID)}
+        """Search within the series; see `Taker.present`."""
+        path = f"/studies/{study_uid}/series/{series_uid}/instances"
+        found = matches(
+            lambda offset: self._page(path, {"limit": PAGE_RESULTS, "offset": offset}, absent=True),
+            "see its documentation for searches within a series",
+        )
+        return {uid for match in found if (uid := value_of(match, SOP_INSTANCE_UID))}
 
     def send(self, objects: Sequence[Dataset]) -> dict[str, str]:
-        """Store in one transaction; see `Archive.send`."""
+        """Store in one transaction; see `Taker.send`."""
         boundary = uuid.uuid4().hex
         body = b"".join(
             b"--%s\r\nContent-Type: application/dicom\r\n\r\n%s\r\n" % (boundary.encode(), encoded(each))
@@ -84,29 +98,36 @@ class DicomWebArchive:
                 delays_s=self.delays_s,
             )
         except FetchFailed as failure:
-            raise StorageError(_FAILURES.get(failure.reason, _OTHERWISE)) from None
+            raise _error(failure) from None
+        if status in _NO_SERVICE:
+            raise StorageError(_OTHERWISE)
         asked = [str(each.SOPInstanceUID) for each in objects]
-        if status not in _STORED:
-            return dict.fromkeys(asked, OBJECT_REFUSED)
-        stored = _stored(answer)
+        stored = _stored(answer) if status in _STORED else set[str]()
         return {uid: OBJECT_REFUSED for uid in asked if uid not in stored}
 
     def close(self) -> None:
         """Leave the connections to the process."""
 
-    def _search(self, path: str, params: dict[str, str | int]) -> list[dict[str, Any]]:
+    def _page(self, path: str, params: dict[str, str | int], *, absent: bool = False) -> list[Match]:
+        """Return one page of a search; nothing where there is no such place and it may be `absent`."""
         try:
             body = get(self.access, self.url + path, max_bytes=MAX_JSON_BYTES, accept=ACCEPT_JSON, params=params).body
             found = json.loads(body) if body else []
         except FetchFailed as failure:
-            if failure.reason == FILE_CHANGED_DURING_READ:  # 404: no such series
+            if absent and failure.reason == FILE_CHANGED_DURING_READ:  # 404
                 return []
-            raise StorageError(_FAILURES.get(failure.reason, _OTHERWISE)) from None
+            raise _error(failure) from None
         except (ValueError, RecursionError):
             raise StorageError(_OTHERWISE) from None
         if not isinstance(found, list) or not all(isinstance(match, dict) for match in found):
             raise StorageError(_OTHERWISE)
         return found
+
+
+def _error(failure: FetchFailed) -> StorageError:
+    if failure.reason in _NO_ANSWER:
+        return NoAnswerError(_NO_ANSWER[failure.reason])
+    return StorageError(_REFUSALS.get(failure.reason, _OTHERWISE))
 
 
 def encoded(result: Dataset) -> bytes:
@@ -117,16 +138,12 @@ def encoded(result: Dataset) -> bytes:
 
 
 def _stored(answer: bytes) -> set[str]:
-    """Return the SOP Instance UIDs that a store's answer names as stored (PS3.18 I.2)."""
+    """Return the SOP Instance UIDs that a store's answer names as there: stored, or there before (PS3.18 I.2)."""
     try:
         found = json.loads(answer)
-        items = found.get(REFERENCED_SOP_SEQUENCE, {}).get("Value", [])
-        return {uid for item in items for uid in _values(item, REFERENCED_SOP_INSTANCE_UID)}
+        done = found.get(REFERENCED_SOP_SEQUENCE, {}).get("Value", [])
+        failed = found.get(FAILED_SOP_SEQUENCE, {}).get("Value", [])
+        done += [item for item in failed if value_of(item, FAILURE_REASON) == str(DUPLICATE_SOP_INSTANCE)]
+        return {uid for item in done if (uid := value_of(item, REFERENCED_SOP_INSTANCE_UID))}
     except (ValueError, RecursionError, AttributeError, TypeError):
         raise StorageError(_OTHERWISE) from None
-
-
-def _values(match: dict[str, Any], tag: str) -> list[str]:
-    attribute = match.get(tag)
-    values = attribute.get("Value") if isinstance(attribute, dict) else None
-    return [str(value).strip() for value in values] if isinstance(values, list) else []

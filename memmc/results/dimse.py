@@ -21,8 +21,8 @@ from pynetdicom.sop_class import (
     Verification,  # pyright: ignore[reportAttributeAccessIssue]
 )
 
-from memmc.errors import StorageError, UsageError
-from memmc.results.archive import HEADER, OBJECT_REFUSED, header_among
+from memmc.errors import ConfigError, StorageError, UsageError
+from memmc.results.archive import DUPLICATE_SOP_INSTANCE, HEADER, OBJECT_REFUSED, NoAnswerError, headers_among
 from memmc.sources.http import Access
 
 T = TypeVar("T")
@@ -33,7 +33,9 @@ _PLACE = re.compile(
 )
 _PENDING = frozenset({0xFF00, 0xFF01})
 _NO_ROOM = range(0xA700, 0xA800)  # out of resources: later, perhaps
-_WARNINGS = frozenset({0xB000, 0xB006, 0xB007})  # stored, with some attribute changed or left out
+# 0, with a warning (some attribute changed or left out), or there before.
+_STORED = frozenset({0x0000, 0xB000, 0xB006, 0xB007, DUPLICATE_SOP_INSTANCE})
+_TRANSIENT = 2  # result of a rejected association (PS3.8 9.3.4): busy, not unwilling
 
 
 class _GoneError(Exception):
@@ -61,7 +63,7 @@ class DicomArchive:
             raise UsageError("the push URI is not understood; expected dicom://AETITLE@host:port, or dicom+tls://...")
         self.place, self._delays_s = place.rstrip("/"), tuple(delays_s)
         self._title, self._host, self._port = match["title"], match["host"].strip("[]"), int(match["port"])
-        self._context = ssl.create_default_context(cadata=access.ca_pem) if match["tls"] else None
+        self._context = _tls(access.ca_pem) if match["tls"] else None
         # It logs the names that an archive answers with, and the objects sent.
         network.LOG_REQUEST_IDENTIFIERS = network.LOG_RESPONSE_IDENTIFIERS = False
         logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
@@ -87,23 +89,26 @@ class DicomArchive:
 
         return self._tried(echo)
 
-    def study(self, study_uid: str) -> Dataset | None:
-        """C-FIND at the level of studies; see `Archive.study`."""
+    def headers(self, study_uid: str) -> list[Dataset]:
+        """C-FIND at the level of studies; see `Archive.headers`. Names come in the character set of each answer."""
         keys = Dataset()
         for keyword in HEADER:
             setattr(keys, keyword, "")
         keys.StudyInstanceUID, keys.QueryRetrieveLevel, keys.SpecificCharacterSet = study_uid, "STUDY", "ISO_IR 192"
-        return header_among(self._find(keys), study_uid)
+        found = self._find(keys)
+        for answer in found:
+            answer.decode()
+        return headers_among(found, study_uid)
 
     def present(self, study_uid: str, series_uid: str) -> set[str]:
-        """C-FIND at the level of instances; see `Archive.present`."""
+        """C-FIND at the level of instances; see `Taker.present`."""
         keys = Dataset()
         keys.QueryRetrieveLevel, keys.SOPInstanceUID = "IMAGE", ""
         keys.StudyInstanceUID, keys.SeriesInstanceUID = study_uid, series_uid
         return {str(match.SOPInstanceUID) for match in self._find(keys) if "SOPInstanceUID" in match}
 
     def send(self, objects: Sequence[Dataset]) -> dict[str, str]:
-        """C-STORE, one after the other; see `Archive.send`."""
+        """C-STORE, one after the other; see `Taker.send`."""
         refused: dict[str, str] = {}
         for each in objects:
 
@@ -111,7 +116,7 @@ class DicomArchive:
                 status = _status(association.send_c_store(each))
                 if status in _NO_ROOM:
                     raise _GoneError
-                return status == 0 or status in _WARNINGS
+                return status in _STORED
 
             if not self._tried(store):
                 refused[str(each.SOPInstanceUID)] = OBJECT_REFUSED
@@ -151,13 +156,13 @@ class DicomArchive:
                     "the archive does not take what it is asked (verification, Study Root queries, Comprehensive SR or "
                     "Secondary Capture storage); let it accept them from push.ae_title, or choose push.objects"
                 ) from None
-            except _GoneError:
+            except (_GoneError, RuntimeError):  # pynetdicom's: the association has just died
                 if self._association is not None:
                     self._association.abort()
                 self._association = None
             if delay is not None:
                 time.sleep(delay)
-        raise StorageError(
+        raise NoAnswerError(
             "the archive does not answer, or ends the association (STORE_TIMEOUT); check push.uri, the network and "
             "push.ca_file, that it lets push.ae_title query and store, and its log, then call again: what is there "
             "already is not sent twice"
@@ -168,7 +173,7 @@ class DicomArchive:
             return self._association
         secured = (self._context, self._host) if self._context else None
         made = self._entity.associate(self._host, self._port, ae_title=self._title, tls_args=secured)
-        if made.is_rejected:
+        if made.is_rejected and getattr(made.acceptor.primitive, "result", None) != _TRANSIENT:
             raise StorageError(
                 "the archive rejects the association; let it know push.ae_title and this host, and check its own AE "
                 "title in push.uri"
@@ -177,6 +182,13 @@ class DicomArchive:
             raise _GoneError
         self._association = made
         return made
+
+
+def _tls(ca_pem: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cadata=ca_pem)
+    except (ssl.SSLError, ValueError):
+        raise ConfigError("push.ca_file holds no certificate in PEM") from None
 
 
 def _status(answer: Dataset) -> int:

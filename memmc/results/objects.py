@@ -4,8 +4,8 @@
   TID 1410 with its outline in pixels of the original image. Unverified, preliminary.
 * **sc**: Secondary Capture (PS3.3 A.8.1) of the image with its heat map, as the model saw it.
 
-Both stand in the study of the image, in series of their own. Their UIDs, times and bytes follow from what they say, so
-that an object made twice is one object.
+Both stand in the study of the image, in series of their own. Their UIDs follow from the image, the model and the
+calibration, and so does what they say, so that an object made twice is one object.
 
 Objects are made without a patient and given the archive's `HEADER` at the end, so that no library that makes them can
 speak of a value it does not like.
@@ -14,6 +14,7 @@ speak of a value it does not like.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -182,7 +183,6 @@ def picture(judged: Judged, header: Dataset, shown_HW3: NDArray[np.uint8]) -> Da
     for keyword in ("PatientOrientation", "Laterality"):
         setattr(made, keyword, None)  # type 2C: the original's, which are not known here
     made.ConversionType = "WSD"
-    made.BurnedInAnnotation = "NO"
     made.DateOfSecondaryCapture, made.TimeOfSecondaryCapture = made.ContentDate, made.ContentTime
     made.DerivationDescription = f"Anomaly heat map of {judged.model} on the image as the model saw it. {DISCLAIMER}"
     if judged.lossy:
@@ -294,16 +294,18 @@ def _finished(made: Dataset, judged: Judged, header: Dataset) -> Dataset:
 
 def _captioned(shown_HW3: NDArray[np.uint8], judged: Judged) -> NDArray[np.uint8]:
     """Return the picture with two lines below it that say what it is; nothing of the patient."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     verdict = {True: "abnormal", False: "not abnormal", None: "no verdict"}[judged.is_abnormal]
-    lines = [f"{judged.model}: {verdict} at {judged.rate:.0%}, p {judged.p_value:.3g}", DISCLAIMER]
+    lines = [judged.model, f"{verdict} at {100 * judged.rate:g} %, p {judged.p_value:.3g}", DISCLAIMER]
     height, width, _ = shown_HW3.shape
-    page = Image.new("RGB", (width, height + _LINE_PX * len(lines) + 4))
+    font = ImageFont.load_default(size=_LINE_PX - 4)
+    widest = max(width, *(math.ceil(font.getlength(line)) + 8 for line in lines))
+    page = Image.new("RGB", (widest, height + _LINE_PX * len(lines) + 4))
     page.paste(Image.fromarray(shown_HW3, mode="RGB"), (0, 0))
     draw = ImageDraw.Draw(page)
     for index, line in enumerate(lines):
-        draw.text((4, height + 2 + index * _LINE_PX), line, fill=(255, 255, 255), font_size=_LINE_PX - 4)
+        draw.text((4, height + 2 + index * _LINE_PX), line, fill=(255, 255, 255), font=font)
     return np.asarray(page)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -106,10 +106,10 @@ class DicomWebSource:
         for modality in self.modalities or (None,):
             filters = {**dates, **({"ModalitiesInStudy": modality} if modality else {})}
             for match in self._matches("/studies", filters, None):
-                uid = _value(match, STUDY_INSTANCE_UID)
+                uid = value_of(match, STUDY_INSTANCE_UID)
                 if uid is None or not _UID.fullmatch(uid):
                     raise StorageError("the source lists a study without a Study Instance UID (0020,000D)")
-                count = _value(match, NUMBER_OF_STUDY_RELATED_INSTANCES)
+                count = value_of(match, NUMBER_OF_STUDY_RELATED_INSTANCES)
                 studies.setdefault(uid, int(count) if count and count.isdecimal() else None)
         return studies
 
@@ -124,33 +124,19 @@ class DicomWebSource:
         """Return a study's instances in the order of their UIDs; none when it was deleted meanwhile."""
         found: dict[str, SourceObject] = {}
         for match in self._matches(f"/studies/{study}/instances", {}, count):
-            uids = [study, _value(match, SERIES_INSTANCE_UID) or "", _value(match, SOP_INSTANCE_UID) or ""]
+            uids = [study, value_of(match, SERIES_INSTANCE_UID) or "", value_of(match, SOP_INSTANCE_UID) or ""]
             problem = None if all(_UID.fullmatch(uid) for uid in uids) else FILE_PATH_ESCAPE
             path = "/".join(uids)
             found[path] = SourceObject(path, self._place(*uids) if problem is None else "", 0, "", problem)
         return sorted(found.values(), key=lambda obj: obj.path)
 
     def _matches(self, path: str, filters: dict[str, str], count: int | None) -> Iterator[Match]:
-        """Yield all results of a search, page by page.
-
-        A server may give shorter pages than asked for (PS3.18 8.3.4.4), or give the first page again whatever
-        the offset; so the end is a page that brings nothing new, or `count` results.
-        """
-        seen: set[str] = set()
-        received = 0
-        while count is None or len(seen) < count:
-            page = self._page(path, {**filters, "limit": PAGE_RESULTS, "offset": received})
-            fresh = [match for match in page if _identity(match) not in seen]
-            if not fresh and len(page) >= PAGE_RESULTS:
-                raise StorageError(
-                    f"the source ignores 'offset' and gives the same {len(page)} results for ever; narrow its listing "
-                    "with source.study_dates or source.modalities"
-                )
-            if not fresh:
-                return
-            seen.update(_identity(match) for match in fresh)
-            received += len(page)
-            yield from fresh
+        """Yield all results of a search; `count`, where it is known, spares the last request."""
+        return matches(
+            lambda offset: self._page(path, {**filters, "limit": PAGE_RESULTS, "offset": offset}),
+            "narrow its listing with source.study_dates or source.modalities",
+            count,
+        )
 
     def _page(self, path: str, params: dict[str, str | int]) -> list[Match]:
         page = ask(self.access, self.url + path, params, ACCEPT_JSON)
@@ -164,6 +150,35 @@ class DicomWebSource:
 
     def _place(self, study: str, series: str, instance: str) -> str:
         return f"{self.url}/studies/{study}/series/{series}/instances/{instance}"
+
+
+def matches(page: Callable[[int], list[Match]], remedy: str, count: int | None = None) -> Iterator[Match]:
+    """Yield all results of a search, page by page.
+
+    A server may give shorter pages than asked for (PS3.18 8.3.4.4), or give the first page again whatever
+    the offset; so the end is a page that brings nothing new, or `count` results.
+
+    Args:
+        page: offset -> at most `PAGE_RESULTS` results.
+        remedy: what to do about a server of which neither is to be had.
+
+    Raises:
+        StorageError: the server gives the same full page whatever the offset.
+    """
+    seen: set[str] = set()
+    received = 0
+    while count is None or len(seen) < count:
+        found = page(received)
+        fresh = [match for match in found if _identity(match) not in seen]
+        if not fresh and len(found) >= PAGE_RESULTS:
+            raise StorageError(
+                f"the server ignores 'offset' and gives the same {len(found)} results for ever; {remedy}"
+            )
+        if not fresh:
+            return
+        seen.update(_identity(match) for match in fresh)
+        received += len(found)
+        yield from fresh
 
 
 def only_part(body: bytes | bytearray, content_type: str) -> Data:
@@ -184,7 +199,7 @@ def only_part(body: bytes | bytearray, content_type: str) -> Data:
     return memoryview(body)[head + 4 : end]
 
 
-def _value(match: Match, tag: str) -> str | None:
+def value_of(match: Match, tag: str) -> str | None:
     """Return the first value of an attribute in the DICOM JSON Model (PS3.18 F.2)."""
     attribute = match.get(tag)
     values = attribute.get("Value") if isinstance(attribute, dict) else None
@@ -192,4 +207,4 @@ def _value(match: Match, tag: str) -> str | None:
 
 
 def _identity(match: Match) -> str:
-    return "/".join(_value(match, tag) or "" for tag in (STUDY_INSTANCE_UID, SERIES_INSTANCE_UID, SOP_INSTANCE_UID))
+    return "/".join(value_of(match, tag) or "" for tag in (STUDY_INSTANCE_UID, SERIES_INSTANCE_UID, SOP_INSTANCE_UID))

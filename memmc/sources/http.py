@@ -192,6 +192,7 @@ def post(
 
 
 def _post_once(access: Access, url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
+    deadline = time.monotonic() + access.answer_seconds
     with (
         _failures_told(),
         _client(os.getpid(), access).stream("POST", url, content=body, headers=dict(headers)) as answer,
@@ -203,6 +204,8 @@ def _post_once(access: Access, url: str, body: bytes, headers: Mapping[str, str]
             found += chunk
             if len(found) > MAX_JSON_BYTES:
                 raise FetchFailed(FILE_TOO_LARGE)
+            if time.monotonic() > deadline:
+                raise _PassingError(STORE_TIMEOUT)
         return answer.status_code, bytes(found)
 
 

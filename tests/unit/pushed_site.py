@@ -18,10 +18,16 @@ from memmc.pipeline.ingest import ingest
 from memmc.pipeline.models import open_model
 from memmc.pipeline.vault import make_keys, read_private_key
 
-FILMS, SICK = 48, 6
+FILMS, SICK = 32, 5
 SETTINGS = ("lake.uri=lake", "deid.key_file=identity.key", "deid.text=class", f"data.image_size={SIDE}")
 SETTINGS += ("deid.vault_uri=vault", "deid.vault_public_key_file=public.pem", "score.scorer=l1")
-SETTINGS += ("calibrate.false_positive_rate=0.1", "split.train=0.2", "split.calibrate=0.7", "split.test=0.1")
+SETTINGS += (
+    "push.side_px=128",
+    "calibrate.false_positive_rate=0.1",
+    "split.train=0.2",
+    "split.calibrate=0.7",
+    "split.test=0.1",
+)
 
 
 @dataclass
@@ -29,6 +35,7 @@ class PushedSite:
     """Attributes:
     folder: the working directory: lake, vault, keys, `in` with the films, `model`.
     studies: header of each study, as the archive has it, by Study Instance UID.
+    images: study and series of each film, by SOP Instance UID.
     """
 
     folder: Path
@@ -36,6 +43,7 @@ class PushedSite:
     model: str
     key: X25519PrivateKey
     studies: dict[str, dict[str, str]]
+    images: dict[str, tuple[str, str]]
 
     def arguments(self, *more: str) -> list[str]:
         """Return the arguments of `memmc push` on this site."""
@@ -68,6 +76,7 @@ def make(folder: Path) -> PushedSite:
     (folder / "identity.key").chmod(0o600)
     make_keys(folder / "private.pem", folder / "public.pem", None)
     studies: dict[str, dict[str, str]] = {}
+    images: dict[str, tuple[str, str]] = {}
     patient = 0
     labels = ["path,label"]
     for number, image in enumerate(films(np.random.default_rng(0), FILMS)):
@@ -84,6 +93,7 @@ def make(folder: Path) -> PushedSite:
             SpecificCharacterSet="ISO_IR 100",
             **studies[study] | {"SOPInstanceUID": f"{study}.1.{number}", "SeriesInstanceUID": f"{study}.1"},
         )
+        images[str(made.SOPInstanceUID)] = (study, f"{study}.1")
         made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID
         (folder / "in" / f"{number}.dcm").write_bytes(encoded(made))
     (folder / "labels.csv").write_text("\n".join(labels))
@@ -95,4 +105,4 @@ def make(folder: Path) -> PushedSite:
     opened = open_model(config, folder / ".memmc", model)
     calibrate(config, lake, opened, region_rate=0.3)
     score(config, opened)
-    return PushedSite(folder, config, model, read_private_key(folder / "private.pem", None), studies)
+    return PushedSite(folder, config, model, read_private_key(folder / "private.pem", None), studies, images)
