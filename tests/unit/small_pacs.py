@@ -119,6 +119,8 @@ def listening(
         yield pacs
     finally:
         running = server.active_associations
+        for association in running:  # of a client that has not released it yet
+            association.abort()
         server.shutdown()
         for association in running:
             association.join(10)
