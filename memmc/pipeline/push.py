@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,8 +115,6 @@ def push(
     calibration = newest_calibration(lake, opened)
     scored = score_rows(lake, cohort, opened, calibration["calibration_id"], ("regions",))
     chosen = [uid for uid in wanted(scored, uids, opened, cohort) if not only_abnormal or scored[uid]["is_abnormal"]]
-    failures: dict[str, str] = {}
-    pushed = objects = done = 0
     with ExitStack() as stack:
         stack.enter_context(silenced())
         stack.enter_context(disable_value_validation())  # values are the archive's own
@@ -129,19 +127,11 @@ def push(
         judged = _judged(lake, cohort, scored, known.originals, calibration, opened.digest, zone)
         progress.stage("push", len(chosen))
         plans = _plans(sender, chosen, judged, known, config.push.objects)
-        while some := list(itertools.islice(plans, _AT_ONCE)):
-            shown = [] if dry_run else [plan.uid for plan in some if "sc" in plan.kinds]
-            pictures = drawn(lake, cohort, shown, scored, calibration, config.push.side_px) if shown else {}
-            for plan in some:
-                sent, reason = len(plan.kinds), plan.reason
-                if plan.kinds and not dry_run:
-                    sent, reason = sender.send(plan, judged[plan.uid], pictures)
-                objects += sent
-                if reason:
-                    failures[plan.uid] = reason
-                pushed += bool(plan.kinds) and not reason
-            done += len(some)
-            progress.advance(done)
+
+        def draw(shown: Sequence[str]) -> dict[str, Picture]:
+            return drawn(lake, cohort, shown, scored, calibration, config.push.side_px)
+
+        pushed, objects, failures = _carried_out(sender, plans, judged, None if dry_run else draw, progress)
     return PushResult(
         archive=sender.taker.place,
         cohort=cohort,
@@ -154,6 +144,36 @@ def push(
         reasons=dict(Counter(failures.values())),
         failures=failures,
     )
+
+
+def _carried_out(
+    sender: _Sender,
+    plans: Iterator[_Plan],
+    judged: Mapping[str, Judged],
+    draw: Callable[[Sequence[str]], dict[str, Picture]] | None,
+    progress: Progress,
+) -> tuple[int, int, dict[str, str]]:
+    """Send what each image lacks; return how many images and objects went, and why others did not, by image.
+
+    Args:
+        draw: makes pictures; None where nothing is to be sent, only counted.
+    """
+    failures: dict[str, str] = {}
+    pushed = objects = done = 0
+    while some := list(itertools.islice(plans, _AT_ONCE)):
+        shown = [plan.uid for plan in some if "sc" in plan.kinds]
+        pictures = draw(shown) if draw and shown else {}
+        for plan in some:
+            sent, reason = len(plan.kinds), plan.reason
+            if plan.kinds and draw:
+                sent, reason = sender.send(plan, judged[plan.uid], pictures)
+            objects += sent
+            if reason:
+                failures[plan.uid] = reason
+            pushed += bool(plan.kinds) and not reason
+        done += len(some)
+        progress.advance(done)
+    return pushed, objects, failures
 
 
 def _places(config: Config, out: Path | None) -> tuple[Archive | None, Taker]:
@@ -195,7 +215,7 @@ class _Sender:
         try:
             made = _objects(plan, judged, pictures)
             for each in made:
-                encoded(each)
+                encoded(each)  # what cannot be written must not look like an archive that refuses
         except Exception as error:  # noqa: BLE001 - the boundary of one image; the libraries' texts quote values
             logger.warning("no object could be made of %s (%s)", plan.uid, type(error).__name__)
             return 0, OBJECT_NOT_MADE

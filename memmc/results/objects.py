@@ -141,9 +141,11 @@ def report(judged: Judged, header: Dataset) -> Dataset:
     )
     groups = [whole, *_regions(judged, algorithm)]
     device = sr.DeviceObserverIdentifyingAttributes(
-        uid=_uid("device", judged.model_digest), name=MANUFACTURER, manufacturer_name=MANUFACTURER,
+        uid=_uid("device", judged.model_digest),
+        name=MANUFACTURER,
+        manufacturer_name=MANUFACTURER,
         model_name=judged.model,
-    )  # fmt: skip
+    )
     observer = sr.ObserverContext(observer_type=codes.DCM.Device, observer_identifying_attributes=device)
     content = sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=observer),
@@ -293,7 +295,7 @@ def _finished(made: Dataset, judged: Judged, header: Dataset) -> Dataset:
 
 
 def _captioned(shown_HW3: NDArray[np.uint8], judged: Judged) -> NDArray[np.uint8]:
-    """Return the picture with two lines below it that say what it is; nothing of the patient."""
+    """Return the picture with lines below it that say what it is; nothing of the patient."""
     from PIL import Image, ImageDraw, ImageFont
 
     verdict = {True: "abnormal", False: "not abnormal", None: "no verdict"}[judged.is_abnormal]

@@ -158,19 +158,11 @@ def get(
             busy or cut off, several times), FILE_CHANGED_DURING_READ (404, 410), FILE_TOO_LARGE, FILE_UNREADABLE (any
             other refusal).
     """
-    reason = STORE_TIMEOUT
-    for delay in (*RETRY_DELAYS_S, None):
-        try:
-            return _get_once(access, url, max_bytes, accept, params or {}, refuse)
-        except _PassingError as error:
-            reason = error.reason
-        if delay:
-            time.sleep(delay)
-    raise FetchFailed(reason)
+    return _tried(lambda: _get_once(access, url, max_bytes, accept, params or {}, refuse), RETRY_DELAYS_S)
 
 
 def post(
-    access: Access, url: str, body: bytes, *, content_type: str, accept: str, delays_s: Sequence[float] = RETRY_DELAYS_S
+    access: Access, url: str, body: bytes, *, content_type: str, accept: str, delays_s: Sequence[float]
 ) -> tuple[int, bytes]:
     """Return status and body of the answer to a request that may be made twice.
 
@@ -180,13 +172,18 @@ def post(
     Raises:
         FetchFailed: STORE_AUTH, STORE_TLS or STORE_TIMEOUT, as `get`; FILE_UNREADABLE for a server's error that stays.
     """
+    return _tried(lambda: _post_once(access, url, body, {"Content-Type": content_type, "Accept": accept}), delays_s)
+
+
+def _tried(once: Callable[[], Answered], delays_s: Sequence[float]) -> Answered:
+    """Return what one try brings, the first or one after a delay, s."""
     reason = STORE_TIMEOUT
     for delay in (*delays_s, None):
         try:
-            return _post_once(access, url, body, {"Content-Type": content_type, "Accept": accept})
+            return once()
         except _PassingError as error:
             reason = error.reason
-        if delay is not None:
+        if delay:
             time.sleep(delay)
     raise FetchFailed(reason)
 

@@ -153,13 +153,11 @@ def test_one_image_that_the_archive_chokes_on_stops_no_other(site, pacs, monkeyp
     assert (done.failures, done.present) == ({first: "OBJECT_NOT_MADE"}, FILMS - 1)
 
 
-def test_each_image_is_held_against_the_archive_by_itself(site, pacs, tmp_path):
-    """Two films of one study, one of them ingested under a number that was corrected since."""
+def test_each_image_is_held_against_the_archive_by_itself(site, pacs):
+    """Two films of one study, of which the archive has moved one; then the study under two patients."""
     study = next(uid for uid in site.studies if sum(place[0] == uid for place in site.images.values()) == 2)
-    films = [file for file in Path("in").glob("*.dcm") if dcmread(file).StudyInstanceUID == study]
     originals = resolve(site.with_(), sorted(scores()), site.key).originals
     moved, kept = (uid for uid, one in originals.items() if one["study_uid"] == study)
-    assert len(films) == 2
     config = site.with_(f"push.uri={pacs.place()}")
     del pacs.images[originals[moved]["sop_instance_uid"]]
     done = push(config, "cxr", site.key, site.model, uids=[moved, kept], dry_run=True)
